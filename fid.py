@@ -1,0 +1,312 @@
+"""FID, the Frechet Inception Distance, as people report it: a library of a few functions, and a command.
+
+    python fid.py real/ generated/               one number; a folder, .zip, .npy (uint8, N x H x W x 3) or .npz each
+    python fid.py real/ --save-stats real.npz    statistics for later, interchangeable with pytorch-fid's
+    python fid.py real/ generated/ --clean       resize as clean-fid does
+
+The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes. It always runs in
+full fp32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
+Stands alone: needs torch, torchvision, numpy, scipy and Pillow.
+"""
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+import time
+import urllib.error
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.inception import BasicConv2d, InceptionE, inception_v3
+
+WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+DIM = 2048
+RELIABLE = 2048  # with fewer images than dimensions the covariance is singular and the FID mostly bias
+
+
+# ---------------------------------------------------------------- the distance
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the squared Frechet distance of two Gaussians.
+
+    mu: (D,), sigma: (D, D) symmetric positive semi-definite, arrays; computed in float64. With sigma1 = R R^T the
+    product has the eigenvalues of the symmetric R^T sigma2 R, so the trace needs no matrix square root, is right for
+    singular covariances and never complex. Returns a float, not negative. Raises ValueError for shapes that do not
+    match and for values that are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
+        raise ValueError(f"statistics do not match: {mu1.shape}, {sigma1.shape} against {mu2.shape}, {sigma2.shape}")
+    values, vectors = scipy.linalg.eigh(sigma1, driver="evd")
+    root = vectors * np.sqrt(values.clip(0))
+    trace = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
+    return max(0.0, float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
+
+
+class FeatureStats:
+    """Mean and covariance of features that come batch by batch: count, sum and outer product, in float64.
+
+    Memory does not grow with the number of features, and merging is exact.
+    """
+
+    def __init__(self, dim=DIM):
+        self.n, self.total, self.outer = 0, np.zeros(dim), np.zeros((dim, dim))
+
+    def update(self, features):
+        """features: (B, dim), a tensor or an array."""
+        features = torch.as_tensor(features).detach().cpu().double().numpy()
+        self.n += len(features)
+        self.total += features.sum(0)
+        self.outer += features.T @ features
+
+    def merge(self, other):
+        """Add all that `other`, a FeatureStats too, has seen."""
+        self.n, self.total, self.outer = self.n + other.n, self.total + other.total, self.outer + other.outer
+
+    @property
+    def mean(self):
+        return self.total / self.n
+
+    @property
+    def cov(self):
+        """Unbiased covariance (dim, dim). Raises ValueError with fewer than two features."""
+        if self.n < 2:
+            raise ValueError("statistics need at least two images")
+        return (self.outer - np.outer(self.mean, self.total)) / (self.n - 1)
+
+
+# ---------------------------------------------------------------- the network
+
+class _LastBlock(InceptionE):
+    def _forward(self, x):
+        *others, _ = super()._forward(x)
+        return [*others, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))]  # where torchvision averages
+
+
+def _leave_out_padding(_, inputs):
+    """Before `branch_pool`: turn the average over 3x3 that counted the zero padding into one that does not."""
+    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
+
+
+class Inception(nn.Module):
+    """The 2015 Inception: uint8 (B, 3, H, W) of any size -> features (B, 2048), float32.
+
+    Images are resized to 299 x 299, bilinear without antialiasing as in pytorch-fid, or with clean=True by the
+    antialiased bicubic filter of Pillow as in clean-fid.
+    """
+
+    def __init__(self, state):
+        super().__init__()
+        net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+        net.Mixed_7c = _LastBlock(2048)
+        missing, unexpected = net.load_state_dict(state, strict=False)
+        wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
+        if wrong:
+            raise ValueError(f"parameter {wrong[0]} is {'not in the network' if wrong[0] in unexpected else 'missing'}")
+        for name, module in net.eval().named_modules():
+            if name.endswith("branch_pool") and not name.startswith("Mixed_7c"):
+                module.register_forward_pre_hook(_leave_out_padding)
+            if isinstance(module, BasicConv2d):  # the same function in one pass over memory less
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        net.fc = nn.Identity()
+        self.digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in state.values())).hexdigest()[:16]
+        self.net = net.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def forward(self, images, clean=False):
+        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            if clean:
+                x = (clean_resize(images) - 128) / 128
+            else:
+                x = F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+            return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+def clean_resize(images):
+    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [0, 255], not rounded: Pillow's bicubic as clean-fid uses it."""
+    return F.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+def load_inception(weights=None, device="cpu"):
+    """The Inception network for FID, in evaluation mode on `device`.
+
+    weights: a file with pytorch-fid's parameter names; None downloads the published one (once, its hash checked).
+    Raises ValueError, in one line that says what to do, where the weights cannot be had or do not fit.
+    """
+    hint = f"get {WEIGHTS_URL} and name the file with --weights (--fid-weights in training)"
+    try:
+        if weights:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        else:
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        raise ValueError(f"the Inception weights could not be downloaded ({error}); {hint}") from error
+    except Exception as error:  # no such file, torn, not weights, or a pickle that is more than weights
+        raise ValueError(f"{weights or 'the download'} is not a file of Inception weights ({_line(error)}); {hint}") from error
+    try:
+        return Inception(state).to(device)
+    except Exception as error:
+        raise ValueError(f"{weights} does not fit the Inception network ({_line(error)}); {hint}") from error
+
+
+def _line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---------------------------------------------------------------- sets of images
+
+def array_stats(images, inception, batch_size=50):
+    """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it, for these weights, and found there later."""
+    cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
+    if not cache.exists():
+        stats = _stats((images[i:i + batch_size] for i in range(0, len(images), batch_size)), inception)
+        save_stats(stats, cache)
+    with np.load(cache) as file:
+        return file["mu"], file["sigma"]
+
+
+def save_stats(stats, path):
+    """Write mean and covariance as pytorch-fid does, arrays mu and sigma of an .npz; beside first, then renamed."""
+    partial = f"{path}.{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, mu=stats.mean, sigma=stats.cov)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _stats(batches, inception, clean=False, progress=None):
+    stats, device = FeatureStats(), next(inception.parameters()).device
+    for batch in batches:
+        for _, same in itertools.groupby(batch, key=np.shape):  # a folder may mix sizes, a tensor cannot
+            images = torch.from_numpy(np.stack(list(same))).to(device)
+            stats.update(inception(images.permute(0, 3, 1, 2), clean))
+        if progress:
+            progress(stats.n)
+    return stats
+
+
+def _open_images(path):
+    """A folder or zip -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
+    def wanted(name):
+        hidden = any(p.startswith(".") and p != ".." or p == "__MACOSX" for p in name.split("/"))
+        return name.lower().endswith(EXTENSIONS) and not hidden
+    if path.is_dir():
+        names = [os.path.relpath(os.path.join(folder, f), path) for folder, _, files in os.walk(path, followlinks=True) for f in files]
+        fetch = lambda name: path / name
+    else:
+        archive = zipfile.ZipFile(path)
+        names = archive.namelist()
+        fetch = lambda name: io.BytesIO(archive.read(name))
+    def read(name):
+        with Image.open(fetch(name)) as image:
+            return np.asarray(image.convert("RGB"))
+    return sorted(filter(wanted, names)), read
+
+
+def measure(path, inception, clean=False, batch_size=50):
+    """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), number of unreadable images).
+
+    Shows its progress on standard error. Raises ValueError where there is nothing to measure.
+    """
+    path, sizes, skipped, began = Path(path), set(), [], time.perf_counter()
+    if path.suffix == ".npy":
+        images = np.load(path, mmap_mode="r")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
+        names, read = range(len(images)), lambda i: images[i]
+    elif path.is_dir() or path.suffix.lower() == ".zip" and path.is_file():
+        names, read = _open_images(path)
+    else:
+        raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
+
+    def attempt(name):
+        try:
+            return read(name)
+        except Exception as error:  # Pillow raises nearly every kind of error for bad files
+            skipped.append((name, _line(error)))
+
+    def batches():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead = None
+            for i in [*range(0, len(names), batch_size), None]:  # decode the next batch while this one is measured
+                coming = None if i is None else [pool.submit(attempt, name) for name in names[i:i + batch_size]]
+                if ahead:
+                    batch = [image for image in (task.result() for task in ahead) if image is not None]
+                    sizes.update(image.shape[:2] for image in batch)
+                    yield batch
+                ahead = coming
+
+    def progress(done):
+        if sys.stderr.isatty():
+            print(f"\r{path.name}: {done:,}/{len(names):,}  {done / (time.perf_counter() - began):.1f} img/s",
+                  end="", file=sys.stderr, flush=True)
+    stats = _stats(batches(), inception, clean, progress)
+    print(f"\r{path.name}: {stats.n:,} images, {stats.n / (time.perf_counter() - began):.1f} img/s", file=sys.stderr)
+    for name, reason in skipped[:5]:
+        print(f"  skipped {name!a}: {reason}", file=sys.stderr)
+    if stats.n < 2:
+        raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
+    return stats, sizes, len(skipped)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Frechet Inception Distance between two sets of images.")
+    parser.error = lambda message: parser.exit(2, f"fid.py: {message}\n")
+    parser.add_argument("sets", nargs="+", metavar="SET", help="a folder, .zip or .npy of images, or an .npz of statistics")
+    parser.add_argument("--save-stats", metavar="NPZ", help="write mean and covariance of the only SET to this new file")
+    parser.add_argument("--clean", action="store_true", help="resize as clean-fid does")
+    parser.add_argument("--weights", help="file of Inception weights (default: the published ones, downloaded once)")
+    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (50)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object: distance, counts, skipped images")
+    args = parser.parse_args()
+    if len(args.sets) != (1 if args.save_stats else 2):
+        parser.error("give two sets to compare, or one set and --save-stats FILE.npz")
+    if args.save_stats and Path(args.save_stats).exists():
+        parser.error(f"--save-stats {args.save_stats} exists; name a new file")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    try:
+        for path in args.sets:
+            if not Path(path).exists():
+                raise ValueError(f"{path} does not exist")
+        inception = None if all(p.endswith(".npz") for p in args.sets) else load_inception(args.weights, args.device)
+        results, sizes, counts, skipped = [], [], [], []
+        for path in args.sets:
+            if path.endswith(".npz"):
+                with np.load(path) as file:
+                    results.append((file["mu"], file["sigma"]))
+                continue
+            stats, found, bad = measure(path, inception, args.clean, args.batch_size)
+            results.append((stats.mean, stats.cov))
+            sizes.append(found)
+            counts.append(stats.n)
+            skipped.append(bad)
+            if stats.n < RELIABLE:
+                print(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {RELIABLE:,} is not reliable", file=sys.stderr)
+        if len(set().union(*sizes)) > 1:
+            print(f"warning: the images differ in size {sorted(set().union(*sizes))[:4]}; resizing weighs on the FID", file=sys.stderr)
+        if args.save_stats:
+            return save_stats(stats, args.save_stats)
+        value = frechet_distance(*results[0], *results[1])
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        parser.error(_line(error))
+    print(json.dumps({"clean_fid" if args.clean else "fid": value, "images": counts, "skipped": skipped}) if args.json else f"{value:.6f}")
+
+
+if __name__ == "__main__":
+    main()
