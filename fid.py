@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -171,10 +172,22 @@ def array_stats(images, inception, batch_size=50):
     """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it, for these weights, and found there later."""
     cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
     if not cache.exists():
-        stats = _stats((images[i:i + batch_size] for i in range(0, len(images), batch_size)), inception)
-        save_stats(stats, cache)
+        save_stats(_stats((images[i:i + batch_size] for i in range(0, len(images), batch_size)), inception), cache)
     with np.load(cache) as file:
         return file["mu"], file["sigma"]
+
+
+def drawn_stats(draw, n, inception, batch_size=50):
+    """n images from draw(slice) -> uint8 (B, 3, H, W), say of a generator -> (mu, sigma); processes share the work."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stats = FeatureStats()
+    for i in range(rank * batch_size, n, world * batch_size):
+        stats.update(inception(draw(slice(i, min(i + batch_size, n)))))
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (stats.n, stats.total, stats.outer))
+        stats.n, stats.total, stats.outer = (sum(column) for column in zip(*parts))
+    return stats.mean, stats.cov
 
 
 def save_stats(stats, path):

@@ -1,0 +1,777 @@
+"""All tests: python -m pytest (no network and no GPU needed; what needs CUDA is skipped without it)."""
+import ast, json, math, os, re, runpy, shutil, signal, subprocess, sys, time, zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data, fid, gan_qp, sgan_sn, wgan_gp
+
+HERE = Path(__file__).parent
+SCRIPTS = ["gan_qp", "wgan_gp", "sgan_sn"]
+MODULES = [gan_qp, wgan_gp, sgan_sn]
+TINY = ["--data", "synthetic:24", "--img-size", "16", "--batch-size", "4", "--max-channels", "8", "--z-dim", "8",
+        "--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(cache, monkeypatch, capsys):
+    """cli("gan_qp", flags...) runs a script as its command line does -> (exit code, standard output, standard error)."""
+    def run(script, *flags):
+        flags = [str(f) for f in flags] + (["--cache-dir", str(cache)] if script != "fid" else [])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        handlers, code = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)], 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            for s, handler in handlers:
+                signal.signal(s, handler)
+        return code, *capsys.readouterr()
+    return run
+
+
+def refused(result, *words):
+    """One line on standard error that holds these words, exit code 2."""
+    code, _, err = result
+    lines = [line for line in err.splitlines() if ".py: " in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b, path=""):
+    """Equal to the bit, whatever is nested in whatever; the clock and the flags aside."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"sec", "args"}:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{path}/{i}")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+# ---------------------------------------------------------------- the method
+
+@pytest.mark.parametrize("power", [2, 4, 6])
+@pytest.mark.parametrize("lam, d", [(10.0, 0.3), (1.0, 0.02), (100.0, 1.5)])
+def test_supremum_of_the_potential(power, lam, d):
+    delta = torch.linspace(0, 2 * lam * d, 20001, dtype=torch.float64)
+    value = gan_qp.qp_divergence(delta, torch.full_like(delta, d), lam, power)
+    assert value.max().item() == pytest.approx(lam * d * (1 - 1 / power), rel=1e-6)
+    assert delta[value.argmax()].item() == pytest.approx(lam * d, rel=1e-3)
+
+
+def test_potential_is_the_papers():
+    delta, d = torch.randn(50, dtype=torch.float64), torch.rand(50, dtype=torch.float64) + 0.1
+    torch.testing.assert_close(gan_qp.qp_divergence(delta, d), delta - delta ** 2 / (2 * 10 * d))
+    torch.testing.assert_close(gan_qp.qp_divergence(delta, d, 3.0, 6), delta - delta ** 6 / (6 * (3 * d) ** 5))
+
+
+def test_optimal_discriminator_on_atoms():
+    rng = np.random.default_rng(0)
+    x, p, q = (torch.from_numpy(a) for a in (rng.normal(size=(5, 2)), rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5))))
+    d, off = torch.cdist(x, x), ~torch.eye(5, dtype=torch.bool)
+    T = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([T], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-16)
+    def loss():
+        optimizer.zero_grad()
+        value = -(p[:, None] * q[None] * gan_qp.qp_divergence(T - T.T, d, 10.0))[off].sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    a, b = p[:, None] * q[None], q[:, None] * p[None]
+    torch.testing.assert_close((T - T.T).detach()[off], (10 * d * (a - b) / (a + b))[off], rtol=1e-4, atol=1e-4)
+    assert -loss().item() == pytest.approx((5 * d * (a - b) ** 2 / (a + b))[off].sum().item() / 2, rel=1e-6)
+
+
+def test_distance_is_for_each_pair():
+    x, y = torch.zeros(3, 3, 4, 4), torch.stack([torch.full((3, 4, 4), v) for v in (0.0, 0.5, -1.0)])
+    y[1, 0] = 0
+    for module in MODULES:
+        torch.testing.assert_close(module.pair_distance(x, y), torch.tensor([0.0, 1 / 3, 1.0]))
+        torch.testing.assert_close(module.pair_distance(x, y, "l2"), torch.tensor([0.0, math.sqrt(1 / 6), 1.0]))
+
+
+@pytest.mark.parametrize("power", [2, 4, 6])
+def test_identical_images_give_finite_gradients(power):
+    for start in (0.0, 3.0):
+        delta = torch.full((2,), start, requires_grad=True)
+        value = gan_qp.qp_divergence(delta, torch.zeros(2), 10.0, power).sum()
+        value.backward()
+        assert value.isfinite() and delta.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_generator_loss_is_delta_alone(pairwise):
+    torch.manual_seed(0)
+    D, calls = gan_qp.Discriminator(16, 8, pairwise).eval(), []
+    D.register_forward_hook(lambda *_: calls.append(1))
+    x_real, x_fake = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16, requires_grad=True)
+    delta = (D(x_real, x_fake) - D(x_fake, x_real) if pairwise else D(x_real) - D(x_fake)).mean()
+    expected, = torch.autograd.grad(delta, x_fake)
+    calls.clear()
+    for metric, lam in (("l1", 10.0), ("l2", 0.1)):
+        args = type("Args", (), dict(metric=metric, lam=lam, power=2, pairwise=pairwise))
+        loss = gan_qp.generator_loss(D, x_real if pairwise else None, x_fake, args)
+        torch.testing.assert_close(torch.autograd.grad(loss, x_fake)[0], expected)
+    assert len(calls) == (4 if pairwise else 2)
+
+
+def test_gradient_penalty():
+    linear = nn.Linear(12, 1, bias=False)
+    D = lambda x: linear(x.flatten(1)).squeeze(1)
+    x, y = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)
+    penalty = wgan_gp.gradient_penalty(D, x, y)
+    assert penalty.item() == pytest.approx((linear.weight.norm().item() - 1) ** 2, rel=1e-5)
+    assert wgan_gp.divergence_penalty(D, x, y).item() == pytest.approx(2 * linear.weight.norm().item() ** 6, rel=1e-4)
+    nn.init.zeros_(linear.weight)  # a gradient of exactly zero
+    for penalty in (wgan_gp.gradient_penalty(D, x, y), wgan_gp.divergence_penalty(D, x, y)):
+        gradient, = torch.autograd.grad(penalty, linear.weight)
+        assert penalty.isfinite() and gradient.isfinite().all()
+
+
+def test_spectral_norm_and_clipping():
+    torch.manual_seed(0)
+    for D in (sgan_sn.Discriminator(16, 16), wgan_gp.Discriminator(16, 16, spectral=True)):
+        for _ in range(200):
+            D(torch.randn(2, 3, 16, 16))
+        layers = [m for m in D.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        for layer in layers:
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-2)
+        assert len(layers) == 3 and not any(isinstance(m, nn.BatchNorm2d) for m in D.modules())
+        before = D.state_dict()["linear.parametrizations.weight.0._u"].clone()
+        D.eval()(torch.randn(2, 3, 16, 16))
+        assert torch.equal(before, D.state_dict()["linear.parametrizations.weight.0._u"])
+    D = wgan_gp.Discriminator(16, 16)
+    wgan_gp.clip_weights(D)
+    assert max(p.abs().max() for p in D.parameters()) <= 0.01
+
+
+def test_js_divergence():
+    T = torch.randn(1000)
+    assert sgan_sn.js_divergence(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(0, abs=1e-6)
+    assert sgan_sn.js_divergence(torch.full((5,), 50.0), torch.full((5,), -50.0)).item() == pytest.approx(math.log(2))
+    expected = 0.5 * T.sigmoid().log().mean() + 0.5 * (1 - T.sigmoid()).log().mean() + math.log(2)
+    torch.testing.assert_close(sgan_sn.js_divergence(T, T), expected)
+
+
+def test_point_masses(capsys):
+    """The paper's central claim: two point masses at a growing distance, T near its optimum under each divergence."""
+    def optimum(kind, distance):
+        """-> (divergence, size of the gradient that it sends to the generator's point)"""
+        torch.manual_seed(0)
+        T = nn.Sequential(nn.Linear(1, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+        a, b = torch.zeros(64, 1), torch.full((64, 1), distance)
+        optimizer = torch.optim.Adam(T.parameters(), 1e-2, (0.5, 0.9))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+        def value(x_fake):
+            real, fake = T(a).squeeze(1), T(x_fake).squeeze(1)
+            if kind == "SGAN":
+                return sgan_sn.js_divergence(real, fake)
+            if kind == "WGAN-GP":
+                return (real - fake).mean()
+            return gan_qp.qp_divergence(real - fake, gan_qp.pair_distance(a, x_fake.detach())).mean()
+        for _ in range(1500):
+            penalty = 10 * wgan_gp.gradient_penalty(T, a, b) if kind == "WGAN-GP" else 0
+            optimizer.zero_grad()
+            (penalty - value(b)).backward()
+            optimizer.step()
+            schedule.step()
+        b.requires_grad_()
+        goal = value(b) if kind != "GAN-QP" else (T(a) - T(b)).mean()  # the generator sees delta alone
+        gradient, = torch.autograd.grad(goal * len(b), b)
+        return value(b).item(), gradient.abs().mean().item()
+
+    distances = [0.25, 0.5, 1.0, 2.0]
+    rows = {kind: [optimum(kind, d) for d in distances] for kind in ("SGAN", "WGAN-GP", "GAN-QP")}
+    with capsys.disabled():
+        print("\n\n| divergence (gradient) at distance | " + " | ".join(map(str, distances)) + " |\n|---" + "|---" * len(distances) + "|")
+        for kind, row in rows.items():
+            print(f"| {kind} | " + " | ".join(f"{value:.3f} ({gradient:.2g})" for value, gradient in row) + " |")
+    for i, d in enumerate(distances):
+        assert rows["SGAN"][i][0] == pytest.approx(math.log(2), abs=0.02) and rows["SGAN"][i][1] < 0.05
+        slope = 1 + d / 20  # the largest s d - 10 (s - 1)^2: a finite penalty lets T be a little steeper than 1
+        assert rows["WGAN-GP"][i] == pytest.approx((d * slope, slope), rel=0.02)
+        assert rows["GAN-QP"][i][0] == pytest.approx(10 * d / 2, rel=0.05) and 5 < rows["GAN-QP"][i][1] < 20
+
+
+# ---------------------------------------------------------------- networks and the shared code
+
+@pytest.mark.parametrize("size", gan_qp.SIZES)
+def test_shapes(size):
+    for module in MODULES:
+        G, D = module.Generator(size, 16, 128), module.Discriminator(size, 128)
+        x = G(torch.randn(2, 16))
+        assert x.shape == (2, 3, size, size) and x.abs().max() <= 1 and x.dtype == torch.float32
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert D(x).shape == (2,)
+    assert gan_qp.Discriminator(size, 128, pairwise=True)(x, x).shape == (2,)
+
+
+def test_widths_and_settings():
+    assert gan_qp.layer_widths(16) == [64, 128]
+    assert gan_qp.layer_widths(128) == [64, 128, 256, 512, 1024]
+    assert gan_qp.layer_widths(256) == [64, 128, 256, 512, 1024, 2048]
+    assert gan_qp.layer_widths(512) == [32, 64, 128, 256, 512, 1024, 2048]
+    assert gan_qp.layer_widths(1024)[-1] == 2048 and len(gan_qp.layer_widths(1024)) == 8
+    for size, channels in ((100, None), (1024, 64)):
+        with pytest.raises(ValueError):
+            gan_qp.Generator(size, max_channels=channels)
+    G, D = gan_qp.Generator(128), gan_qp.Discriminator(128)
+    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+    assert count(G) == pytest.approx(19.6, abs=0.1) and count(D) == pytest.approx(17.5, abs=0.1)
+    norms = [m for net in (G, D) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 5 + 4 and all(m.eps == 1e-3 and m.momentum == 0.01 for m in norms)
+    kernel = D.layers[2].weight  # Glorot uniform: within sqrt(6 / (fan in + fan out)), and filling it
+    assert kernel.abs().max().item() == pytest.approx(math.sqrt(6 / (25 * (64 + 128))), rel=1e-3)
+
+
+def test_scores_in_full_precision_under_autocast():
+    for module in MODULES:
+        G, D = module.Generator(16, 8, 16), module.Discriminator(16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = G(torch.randn(4, 8))
+            score = D(x)
+        assert x.dtype == score.dtype == torch.float32
+        assert not torch.equal(score, score.bfloat16().float())
+
+
+def test_shared_code_is_the_same():
+    """Outside the divergence the three scripts agree to the letter."""
+    own = {"Discriminator", "build_discriminator", "qp_divergence", "input_gradient_norm", "gradient_penalty",
+           "divergence_penalty", "clip_weights", "js_divergence", "discriminator_loss", "generator_loss"}
+    own_lines = re.compile(r'    reals = |    flag\("--(d-steps|lr|betas|metric|lam|power|pairwise|constraint|gp-weight|no-sn)"|'
+                           r'from torch\.nn\.utils\.parametriz')
+    texts, shared = {}, {}
+    for name in SCRIPTS:
+        texts[name] = lines = (HERE / f"{name}.py").read_text().splitlines()
+        body = ast.parse("\n".join(lines)).body
+        skip = {i for node in body if getattr(node, "name", None) in own or node is body[0] for i in range(node.lineno, node.end_lineno + 1)}
+        shared[name] = [(i, line) for i, line in enumerate(lines, 1) if i not in skip and line.strip() and not own_lines.match(line)]
+    for name in SCRIPTS[1:]:
+        for (i, a), (j, b) in zip(shared["gan_qp"], shared[name]):
+            assert a == b, f"drifted: gan_qp.py:{i}: {a.strip()!r} but {name}.py:{j}: {b.strip()!r}"
+        assert len(shared["gan_qp"]) == len(shared[name])
+    common = len(shared["gan_qp"])
+    for name, lines in texts.items():
+        assert common >= 0.75 * sum(bool(line.strip()) for line in lines), f"too little of {name}.py is common to all three"
+
+
+def test_the_loop_does_not_wait_for_the_device():
+    source = (HERE / "gan_qp.py").read_text()
+    loop = source[source.index("    for it in range("):source.index("# what follows waits")]
+    assert not re.search(r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|float\(|synchronize|print\(", loop)
+
+
+# ---------------------------------------------------------------- data
+
+def make_image(seed=0, size=(40, 30), mode="RGB"):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+
+
+def test_kinds_of_images(tmp_path, capsys):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    red = Image.new("RGB", (48, 32), (200, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stands on its side
+    sideways = Image.new("RGB", (64, 64), "white")
+    sideways.paste("black", (0, 0, 64, 32))
+    red.save(folder / "a.jpg", quality=95)
+    red.convert("CMYK").save(folder / "b.JPEG", quality=95)
+    red.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "c.png")
+    red.convert("L").save(folder / "d.bmp")
+    Image.new("RGBA", (48, 32), (200, 40, 20, 0)).save(folder / "e.png")
+    Image.fromarray(np.full((32, 48), 32896, np.uint16)).save(folder / "f.png")
+    red.save(folder / "g.gif", save_all=True, append_images=[Image.new("RGB", (48, 32), "blue")])
+    red.save(folder / "sub" / "h.webp", lossless=True)
+    red.save(folder / "i.TIFF")
+    red.save(folder / "j.ppm")
+    sideways.save(folder / "k.jpg", exif=exif, quality=95)
+    Image.new("RGB", (1, 1), (9, 9, 9)).save(folder / "l.png")
+    Image.new("RGB", (8, 900), (9, 9, 9)).save(folder / "m.png")
+    red.save(folder / "\u732b \u00e9.png")
+    (folder / "n.png").write_bytes((folder / "c.png").read_bytes()[:60])  # truncated
+    (folder / "o.jpg").write_bytes(b"")
+    (folder / "p.jpg").write_bytes(os.urandom(500))
+    Image.new("1", (15000, 15000)).save(folder / "q.png")  # over Pillow's limit
+    (folder / ".hidden.png").write_bytes(b"x")
+    (folder / "readme.txt").write_text("no image")
+    images = data.load_images(folder, 16, tmp_path / "cache")
+    said = capsys.readouterr().err
+    assert images.shape == (14, 16, 16, 3) and images.dtype == np.uint8 and not images.flags.writeable
+    assert "4 skipped" in said and all(f"'{name}'" in said for name in ("n.png", "o.jpg", "p.jpg", "q.png"))
+    names = sorted("a.jpg b.JPEG c.png d.bmp e.png f.png g.gif sub/h.webp i.TIFF j.ppm k.jpg l.png m.png".split() + ["\u732b \u00e9.png"])
+    got = {name: image.reshape(-1, 3).mean(0) for name, image in zip(names, images)}
+    for name in "a.jpg c.png g.gif sub/h.webp i.TIFF j.ppm".split() + ["\u732b \u00e9.png"]:
+        assert np.abs(got[name] - (200, 40, 20)).max() < 4, name
+    assert np.abs(got["b.JPEG"] - (200, 40, 20)).max() < 12
+    assert np.abs(got["d.bmp"] - 86).max() < 3 and np.abs(got["e.png"] - 255).max() == 0 and np.abs(got["f.png"] - 128).max() <= 1
+    upright = images[names.index("k.jpg")]
+    assert upright[:, 12:].max() < 10 and upright[:, :4].min() > 245  # the black half is now at the right
+
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in folder.rglob("*.*"):
+            archive.write(file, f"../{file.relative_to(folder)}")
+        archive.writestr("__MACOSX/._a.jpg", b"x")
+    again = data.load_images(tmp_path / "images.zip", 16, tmp_path / "cache")
+    assert sorted(i.tobytes() for i in images) == sorted(i.tobytes() for i in again)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+    time.sleep(0.01)
+    Image.new("RGB", (48, 32), "blue").save(folder / "a.jpg")  # a changed file, and another size: prepared anew
+    assert not np.array_equal(data.load_images(folder, 16, tmp_path / "cache"), images)
+    assert data.load_images(folder, 32, tmp_path / "cache").shape == (14, 32, 32, 3)
+
+
+def test_sources_that_do_not_work(tmp_path, cli):
+    (tmp_path / "torn.zip").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
+    for source, word in ((tmp_path / "none", "neither"), (tmp_path / "torn.zip", "zip"), (tmp_path / "empty", "no images"),
+                         (tmp_path / "bad", "no readable image"), ("torchvision:Nothing", "no data set"), ("synthetic:0", "neither")):
+        refused(cli("data", source, "--img-size", 16), word)
+        refused(cli("gan_qp", *TINY, "--data", source, "--out", tmp_path / "run"), word)
+    assert not (tmp_path / "run").exists()
+    refused(cli("data", "synthetic", "--img-size", "0"), "--img-size")
+
+
+def test_preview_and_torchvision(tmp_path, cli):
+    code, out, err = cli("data", "torchvision:FakeData", "--img-size", 16)
+    assert code == 0 and "1,000 images" in err
+    assert Image.open(out.split("preview ")[1].strip()).size == (8 * 18 + 2, 8 * 18 + 2)
+
+
+def test_synthetic_faces(cache):
+    a, b = data.load_images("synthetic:24", 32, cache), np.stack([np.asarray(data.draw_face(i, 32)) for i in range(24)])
+    assert np.array_equal(a, b) and len({image.tobytes() for image in a}) == 24
+    assert np.asarray(data.draw_face(3, 100)).shape == (100, 100, 3)
+
+
+def test_batches():
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    images[:, :, 0] = 255
+    batches = data.Batches(images, 4, "cpu", seed=3)
+    label = lambda x: ((x[:, 0, 0, 1] + 1) * 127.5).round().int().tolist()
+    sequence = sum((label(batches[k]) for k in range(10)), [])
+    assert all(sorted(sequence[i:i + 10]) == list(range(10)) for i in range(0, 40, 10))  # no repeats within an epoch
+    assert sequence[:10] != sequence[10:20]
+    assert label(data.Batches(images, 4, "cpu", seed=3)[7]) == sequence[28:32]  # seekable
+    assert label(data.Batches(images, 4, "cpu", seed=4)[0]) != sequence[:4]
+    x = batches[0]
+    assert x.shape == (4, 3, 4, 4) and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    assert x[:, :, :, 0].eq(1).all() and x.min() >= -1
+    halves = [data.Batches(images, 4, "cpu", seed=3, flip=True, rank=rank, world=2)[5] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), data.Batches(images, 4, "cpu", seed=3, flip=True)[5])
+    flipped = [bool(x[0, 0, 0, -1] == 1) for k in range(40) for x in [data.Batches(images, 4, "cpu", flip=True)[k]]]
+    assert 8 < sum(flipped) < 32
+    with pytest.raises(ValueError):
+        data.Batches(images, 5, "cpu", world=2)
+
+
+# ---------------------------------------------------------------- runs
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
+    flags = [*TINY, "--log-every", 2, "--sample-every", 3, "--save-every", 4, "--ema", 0.9, "--flip"]
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    code, out, _ = cli(script, *flags, "--iters", 7, "--out", whole)
+    assert code == 0 and "done" in out and str(whole) in out
+    assert {f.name for f in whole.iterdir()} == {"args.json", "log.jsonl", "real.png", "samples", "last.pt", "progress.gif"}
+    assert sorted(f.name for f in (whole / "samples").iterdir()) == ["000003.png", "000006.png", "000007.png"]
+    log = [json.loads(line) for line in (whole / "log.jsonl").open()]
+    assert [row["iter"] for row in log] == [2, 4, 6, 7]
+    assert set(log[0]) == {"iter", "d_loss", "g_loss", "divergence", "lipschitz", "img_per_sec", "sec"}
+    args = json.loads((whole / "args.json").read_text())
+    assert args["img_size"] == 16 and {"python", "torch", "torchvision", "device_name"} <= set(args)
+    assert Image.open(whole / "samples" / "000007.png").size == (9 * 18 + 2, 9 * 18 + 2)
+
+    assert cli(script, *flags, "--iters", 5, "--out", split)[0] == 0
+    with open(split / "log.jsonl", "a") as file:
+        file.write('{"iter": 6, "d_lo')  # torn
+    assert cli(script, *flags, "--iters", 7, "--out", split, "--resume")[0] == 0
+    assert_same(weights(whole / "last.pt"), weights(split / "last.pt"))
+    assert [json.loads(line)["iter"] for line in (split / "log.jsonl").open()] == [2, 4, 5, 6, 7]
+
+    assert cli(script, "--sample", whole / "last.pt", "--out", tmp_path / "x.png", "--num-samples", 5, "--device", "cpu")[0] == 0
+    assert Image.open(tmp_path / "x.png").size == (3 * 18 + 2, 2 * 18 + 2)
+    assert cli(script, "--sample", whole / "last.pt", "--out", tmp_path / "y", "--num-samples", 3, "--device", "cpu")[0] == 0
+    assert [Image.open(tmp_path / "y" / f"0000{i}.png").size for i in range(3)] == [(16, 16)] * 3
+    assert cli(script, "--sample", whole / "last.pt", "--out", tmp_path / "z.png", "--interpolate", "--num-samples", 16, "--device", "cpu")[0] == 0
+    assert Image.open(tmp_path / "z.png").size == (8 * 18 + 2, 2 * 18 + 2)
+    refused(cli(script, "--sample", whole / "last.pt", "--out", tmp_path / "x.png"), "--out")
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
+    refused(cli(other, "--sample", whole / "last.pt", "--out", tmp_path / "w.png"), f"{script}.py")
+    refused(cli(script, *flags, "--out", whole), "--resume")
+    for flag, value in (("--seed", 5), ("--img-size", 32), ("--batch-size", 6), ("--lr", 1e-3)):
+        refused(cli(script, *flags, flag, value, "--out", whole, "--resume"), flag, str(value), "contradicts")
+
+
+@pytest.mark.parametrize("flags", [["--pairwise"], ["--metric", "l2", "--power", "4"]])
+def test_variants_of_gan_qp(flags, cli, tmp_path):
+    assert cli("gan_qp", *TINY, *flags, "--iters", 2, "--out", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("constraint", ["div", "sn", "clip"])
+def test_variants_of_wgan(constraint, cli, tmp_path):
+    assert cli("wgan_gp", *TINY, "--constraint", constraint, "--iters", 2, "--out", tmp_path)[0] == 0
+
+
+def test_plain_sgan_in_bf16(cli, tmp_path):
+    assert cli("sgan_sn", *TINY, "--no-sn", "--precision", "bf16", "--iters", 2, "--out", tmp_path)[0] == 0
+
+
+def test_interpolation_stays_on_the_sphere():
+    a, b = torch.randn(2, 3, 128)
+    path = gan_qp.slerp(a, b, 8).view(3, 8, 128)
+    torch.testing.assert_close(path[:, 0], a)
+    torch.testing.assert_close(path[:, 7], b, rtol=1e-4, atol=1e-5)
+    unit = gan_qp.slerp(F.normalize(a), F.normalize(b), 8)
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--img-size", "100"], ["--img-size", "128"]), (["--iters", "0"], ["--iters"]), (["--lr", "nan"], ["--lr"]), (["--lam", "0"], ["--lam"]),
+    (["--ema", "1.5"], ["--ema"]), (["--betas", "0.5", "1"], ["--betas"]), (["--batch-size", "1"], ["--batch-size"]), (["--seed", "-1"], ["--seed"]),
+    (["--max-channels", "4", "--img-size", "512"], ["--max-channels", "64"]), (["--device", "cuda:99"], ["--device", "cpu"]),
+    (["--resume"], ["--resume", "last.pt"]), (["--sample", "nothing.pt"], ["nothing.pt"]), (["--iter", "5"], ["--iter"]),
+    (["--fid-every", "1", "--fid-weights", "nothing.pth"], ["nothing.pth", "--fid-weights"]), (["--z-dim", "x"], ["--z-dim"]),
+])
+def test_refused_flags(flags, words, cli, tmp_path):
+    refused(cli("gan_qp", *TINY, "--out", tmp_path / "run", *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(cli, tmp_path):
+    run, broken = tmp_path / "run", tmp_path / "broken"
+    assert cli("gan_qp", *TINY, "--iters", 4, "--save-every", 2, "--out", run)[0] == 0
+    shutil.copytree(run, broken)
+    state = weights(broken / "last.pt")
+    state["D"]["linear.weight"].fill_(3e38)  # the next loss overflows
+    torch.save(state, broken / "last.pt")
+    before = (broken / "last.pt").read_bytes()
+    refused(cli("gan_qp", *TINY, "--iters", 9, "--out", broken, "--resume"), "iteration 5", "last.pt", "of iteration 4")
+    assert (broken / "last.pt").read_bytes() == before
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch ran-code",)
+
+
+def test_checkpoints_from_strangers(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"script": "gan_qp", "iter": 1, "args": Bomb()}, "bomb.pt")
+    assert cli("gan_qp", *TINY, "--iters", 1, "--out", "run")[0] == 0
+    Path("torn.pt").write_bytes(Path("run/last.pt").read_bytes()[:5000])
+    Path("text.pt").write_text("hello")
+    torch.save([1, 2], "list.pt")
+    torch.save({"script": "gan_qp", "iter": 1, "args": {"img_size": 16}}, "empty.pt")
+    for name in ("bomb.pt", "torn.pt", "text.pt", "list.pt", "empty.pt"):
+        refused(cli("gan_qp", "--sample", name, "--out", "x.png", "--device", "cpu"), name)
+    for name in ("bomb.pt", "torn.pt"):
+        shutil.copy(name, "run/last.pt")
+        refused(cli("gan_qp", *TINY, "--iters", 2, "--out", "run", "--resume"), "last.pt")
+    refused(cli("fid", "run", "run", "--weights", "bomb.pt"), "bomb.pt")
+    assert not Path("ran-code").exists()
+
+
+def command(script, *flags, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / f"{script}.py"), *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=environment, **options)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(cache, tmp_path):
+    flags = [*TINY, "--cache-dir", cache, "--iters", 10 ** 6, "--log-every", 5, "--out", tmp_path / "run"]
+    process = command("gan_qp", *flags)
+    for line in process.stdout:
+        if line.startswith("iter 5 "):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait(60) == 0 and "--resume" in said, said
+    stopped = int(re.search(r"saved at iteration (\d+)", said)[1])
+    assert weights(tmp_path / "run" / "last.pt")["iter"] == stopped >= 5
+
+
+def test_sigkill_loses_nothing(cache, tmp_path):
+    flags = [*TINY, "--cache-dir", cache, "--iters", 300, "--log-every", 1, "--sample-every", 50, "--save-every", 4]
+    assert command("gan_qp", *flags, "--out", tmp_path / "whole").communicate() and (tmp_path / "whole" / "progress.gif").exists()
+    out, rng = tmp_path / "killed", np.random.default_rng(0)
+    for kill in range(4):
+        process = command("gan_qp", *flags, "--out", out, *(["--resume"] if kill else []))
+        for line in process.stdout:  # once it trains, let it for a random while
+            if line.startswith("iter "):
+                break
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        weights(out / "last.pt")
+    assert command("gan_qp", *flags, "--out", out, "--resume").communicate() and (out / "progress.gif").exists()
+    assert_same(weights(tmp_path / "whole" / "last.pt"), weights(out / "last.pt"))
+    assert [json.loads(line)["iter"] for line in (out / "log.jsonl").open()] == list(range(1, 301))
+
+
+def test_disk_full(cache, tmp_path):
+    flags = [*TINY, "--max-channels", 64, "--cache-dir", cache, "--out", tmp_path / "run"]
+    assert command("gan_qp", *flags, "--iters", 1).wait() == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    def limit():
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+    process = command("gan_qp", *flags, "--iters", 2, "--resume", preexec_fn=limit)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "last.pt could not be written" in said and "Traceback" not in said, said
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before and not (tmp_path / "run" / "last.tmp").exists()
+    process = command("data", "synthetic:900", "--img-size", 32, "--cache-dir", tmp_path / "cache", preexec_fn=limit)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "data.py: " in said and "Traceback" not in said, said
+    assert not list((tmp_path / "cache").glob("*.npy")) and not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_preparation_killed_and_twice_at_once(tmp_path):
+    flags = ["synthetic:600", "--img-size", 64, "--cache-dir", tmp_path]
+    process = command("data", *flags)
+    while not list(tmp_path.glob("*.tmp")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("*.npy"))
+    both = [command("data", *flags) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.stdout.read() for process in both]
+    assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+RANKS = """
+import runpy, sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import {script} as module
+end = dist.destroy_process_group
+def compare():  # just before the end: are the weights of both processes the same?
+    import gc
+    nets = [net for net in gc.get_objects() if type(net).__name__ in ("Generator", "Discriminator") and isinstance(net, torch.nn.Module)]
+    flat = torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+    parts = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(parts, flat)
+    assert len(flat) > 1000 and torch.equal(*parts)
+    torch.manual_seed(0)  # and is the average gradient the gradient of the whole batch?
+    D, x = module.{plain}, torch.randn(8, 3, 16, 16)
+    first = next(D.parameters())
+    whole, = torch.autograd.grad(D(x).square().mean(), first)
+    part = x.chunk(2)[dist.get_rank()]
+    module.update(torch.optim.SGD(D.parameters(), 0.1), D(part).square().mean())
+    assert torch.allclose(first.grad, whole, rtol=1e-4, atol=1e-6)
+    print("ranks agree", flush=True)
+    end()
+dist.destroy_process_group = compare
+sys.argv = [{path!r}, *sys.argv[1:]]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes(script, cache, tmp_path):
+    plain = {"gan_qp": "Discriminator(16, 8).eval()", "wgan_gp": "Discriminator(16, 8)", "sgan_sn": "Discriminator(16, 8).eval()"}[script]
+    (tmp_path / "ranks.py").write_text(RANKS.format(here=str(HERE), script=script, plain=plain, path=str(HERE / f"{script}.py")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 1000 + SCRIPTS.index(script)),
+              str(tmp_path / "ranks.py"), *TINY, "--cache-dir", str(cache), "--iters", "3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("ranks agree") == 2, done.stdout + done.stderr
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+    if script == "gan_qp":
+        done = subprocess.run([*launch, "--batch-size", "5", "--out", str(tmp_path / "odd")], capture_output=True, text=True)
+        assert done.returncode != 0 and done.stderr.count("--batch-size 5 must divide") == 1
+
+
+def test_help_is_quick():
+    began = time.perf_counter()
+    process = command("gan_qp", "--help")
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "--img-size" in said and time.perf_counter() - began < 15
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compile_never_breaks_a_run(script, cli, tmp_path):
+    assert cli(script, *TINY, "--compile", "--iters", 2, "--out", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cuda(script, cli, tmp_path):
+    assert cli(script, *TINY, "--device", "cuda", "--precision", "auto", "--iters", 3, "--out", tmp_path / "run")[0] == 0
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    here, there, streamed = (data.Batches(images, 4, device, flip=True) for device in ("cpu", "cuda", "cuda"))
+    streamed.resident, streamed.thread, streamed.ahead = None, data.ThreadPoolExecutor(1), {}
+    for k in (0, 1, 2, 9):
+        assert torch.equal(here[k], there[k].cpu()) and torch.equal(here[k], streamed[k].cpu())
+
+
+# ---------------------------------------------------------------- FID
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights under pytorch-fid's names, drawn so that the features do not vanish."""
+    torch.manual_seed(0)
+    net = fid.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 1.5), m.weight.data.uniform_(0.8, 1.2), m.bias.data.normal_(0, 0.1)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(inception_file):
+    return fid.load_inception(inception_file)
+
+
+def gaussian(seed, n=300, dim=64):
+    features = np.random.default_rng(seed).normal(size=(n, dim)) @ np.random.default_rng(seed + 1).normal(size=(dim, dim)) + seed
+    stats = fid.FeatureStats(dim)
+    stats.update(features)
+    return features, stats
+
+
+def test_frechet_distance():
+    mu, a, b = np.array([1.0, 2.0, 3.0]), np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 0.0, 1.0])
+    assert fid.frechet_distance(mu, a, mu + 1, b) == pytest.approx(3 + 1 + 4 + 4)  # diagonal: (s1 - s2)^2 each
+    (_, s), (_, t) = gaussian(0), gaussian(5)
+    expected = ((s.mean - t.mean) ** 2).sum() + np.trace(s.cov + t.cov) - 2 * np.sqrt(np.linalg.eigvals(s.cov @ t.cov).real.clip(0)).sum()
+    assert fid.frechet_distance(s.mean, s.cov, t.mean, t.cov) == pytest.approx(expected, rel=1e-6)
+    _, few = gaussian(2, n=10)  # singular
+    for one in (s, few):
+        assert 0 <= fid.frechet_distance(one.mean, one.cov, one.mean, one.cov) < 1e-6 * np.trace(one.cov)
+    assert fid.frechet_distance(s.mean, s.cov, few.mean, few.cov) == pytest.approx(fid.frechet_distance(few.mean, few.cov, s.mean, s.cov), rel=1e-6)
+    with pytest.raises(ValueError):
+        fid.frechet_distance(s.mean, s.cov, mu, a)
+    with pytest.raises(ValueError):
+        fid.frechet_distance(mu, a * np.nan, mu, a)
+
+
+def test_feature_stats():
+    features, whole = gaussian(1)
+    one, two = fid.FeatureStats(64), fid.FeatureStats(64)
+    for i in range(0, 300, 70):
+        (one if i < 140 else two).update(torch.from_numpy(features[i:i + 70]).float())
+    one.merge(two)
+    assert one.n == 300
+    np.testing.assert_allclose(one.mean, features.mean(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole.cov, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError):
+        fid.FeatureStats(3).cov
+
+
+def test_weights_that_do_not_fit(inception_file, tmp_path):
+    state = weights(inception_file)
+    for name, change in (("Conv2d_1a_3x3.conv.weight", lambda s: s.pop("Conv2d_1a_3x3.conv.weight")), ("surplus", lambda s: s.update(surplus=torch.zeros(1))),
+                         ("fc.weight", lambda s: s.update({"fc.weight": torch.zeros(1000, 2048)}))):
+        wrong = dict(state)
+        change(wrong)
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match=r"wrong\.pth does not fit"):
+            fid.load_inception(tmp_path / "wrong.pth")
+
+
+def test_parity_with_pytorch_fid(inception_file, inception, tmp_path, monkeypatch, cli):
+    peer, score = (pytest.importorskip(f"pytorch_fid.{m}", reason="pip install pytorch-fid for this test") for m in ("inception", "fid_score"))
+    monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *_, **__: weights(inception_file))
+    net = peer.InceptionV3([3]).eval()
+    images = torch.from_numpy(np.stack([np.asarray(data.draw_face(i, 80)) for i in range(24)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        theirs = torch.cat([net(part.float() / 255)[0][:, :, 0, 0] for part in images.split(12)])
+    ours = torch.cat([inception(part) for part in images.split(12)])
+    assert theirs.std() > 0.1 and ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
+    for name, part in (("a", images[:12]), ("b", images[12:])):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(part):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "b" / "bad.jpg").write_bytes(b"bad")
+    np.save(tmp_path / "a.npy", images[:12].permute(0, 2, 3, 1).numpy())
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for file in (tmp_path / "b").iterdir():
+            archive.write(file, file.name)
+    expected = score.calculate_frechet_distance(*(f(np.asarray(t)) for t in (theirs[:12].double(), theirs[12:].double())
+                                                  for f in (lambda t: t.mean(0), lambda t: np.cov(t, rowvar=False))))
+    code, out, err = cli("fid", tmp_path / "a.npy", tmp_path / "b.zip", "--weights", inception_file, "--batch-size", 5, "--device", "cpu")
+    assert code == 0 and float(out) == pytest.approx(expected, rel=1e-3) and "not reliable" in err and "bad.jpg" in err
+    assert cli("fid", tmp_path / "a", "--save-stats", tmp_path / "a.npz", "--weights", inception_file, "--device", "cpu")[0] == 0
+    mu, sigma = score.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 2048, "cpu")  # ours, read by them
+    np.testing.assert_allclose(mu, theirs[:12].double().mean(0), rtol=1e-3, atol=1e-4)
+    np.savez(tmp_path / "b.npz", mu=theirs[12:].double().mean(0), sigma=np.cov(theirs[12:].double(), rowvar=False))  # theirs, read by us
+    code, out, _ = cli("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--json")
+    assert code == 0 and json.loads(out)["fid"] == pytest.approx(expected, rel=1e-3)
+    refused(cli("fid", tmp_path / "a.npz", tmp_path / "none"), "none")
+    refused(cli("fid", tmp_path / "a.npz"), "--save-stats")
+    refused(cli("fid", tmp_path / "a", "--save-stats", tmp_path / "a.npz"), "exists")
+
+
+def test_parity_with_clean_fid():
+    resize = pytest.importorskip("cleanfid.resize", reason="pip install clean-fid for this test")
+    for shape in ((40, 50), (400, 350)):
+        image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        ours = fid.clean_resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        np.testing.assert_allclose(ours, resize.build_resizer("clean")(image), atol=0.02)
+
+
+def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path, capsys):
+    for i, size in enumerate((30, 30, 50)):
+        make_image(i, (size, size)).save(tmp_path / f"{i}.png")
+    stats, sizes, skipped = fid.measure(tmp_path, inception)
+    assert stats.n == 3 and sizes == {(30, 30), (50, 50)} and skipped == 0
+    each = torch.cat([inception(torch.from_numpy(np.asarray(make_image(i, (s, s)))).permute(2, 0, 1)[None]) for i, s in enumerate((30, 30, 50))])
+    np.testing.assert_allclose(stats.mean, each.double().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_fid_in_training(inception_file, cli, tmp_path):
+    flags = [*TINY, "--iters", 4, "--log-every", 4]
+    measured = ["--fid-every", 2, "--fid-samples", 6, "--fid-weights", inception_file]
+    assert cli("gan_qp", *flags, "--out", tmp_path / "off")[0] == 0
+    assert cli("gan_qp", *flags, *measured, "--out", tmp_path / "on")[0] == 0
+    log = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").open()]
+    assert [row["iter"] for row in log] == [2, 4] and all(row["fid"] > 0 for row in log)
+    on, off = weights(tmp_path / "on" / "last.pt"), weights(tmp_path / "off" / "last.pt")
+    assert on.pop("best_fid") == min(row["fid"] for row in log) and off.pop("best_fid") == math.inf
+    assert_same(on, off)
+    best = min(log, key=lambda row: row["fid"])["iter"]
+    assert weights(tmp_path / "on" / "best.pt")["iter"] == best
+
+
+def test_downloads_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(fid, "WEIGHTS_URL", "http://127.0.0.1:9/weights-12345678.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="could not be downloaded.*--fid-weights"):
+        fid.load_inception()
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+# ---------------------------------------------------------------- README
+
+def test_readme_snippet():
+    """The loss as the README says to copy it."""
+    for snippet in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        exec(snippet, {})
