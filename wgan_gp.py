@@ -23,7 +23,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import cached
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import CACHE_DIR, Batches, load_images, number, save_gif, save_grid
@@ -137,9 +136,8 @@ def discriminator_loss(D, x_real, x_fake, args):
     """-> (loss to minimise, estimate of the divergence, T(x_r) - T(x_f) of each pair)"""
     if args.constraint == "clip":
         clip_weights(D)
-    with cached():  # one spectral norm for both passes
-        delta = D(x_real) - D(x_fake)
-    penalty = 0.0
+    score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # one pass: no batch norm tells them apart
+    delta, penalty = score_real - score_fake, 0.0
     if args.constraint == "gp":  # D.forward: gradients of gradients are not compiled
         penalty = args.gp_weight * gradient_penalty(D.forward, x_real, x_fake)
     elif args.constraint == "div":
