@@ -96,7 +96,6 @@ def build_discriminator(args):
     return Discriminator(args.img_size, args.max_channels, args.constraint == "sn")
 
 
-
 # ---------------------------------------------------------------- losses
 
 def pair_distance(x_real, x_fake, metric="l1"):
@@ -150,7 +149,6 @@ def generator_loss(D, x_real, x_fake, args):
     if args.constraint == "clip":
         clip_weights(D)
     return -D(x_fake).mean()
-
 
 
 # ---------------------------------------------------------------- helpers
@@ -214,9 +212,6 @@ def load_checkpoint(path):
 def train(args):
     device, out, rank, world = torch.device(args.device), Path(args.out), 0, 1
     if dist.is_torchelastic_launched():  # by torchrun: one process for each GPU
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
         rank, world = dist.get_rank(), dist.get_world_size()
         if args.batch_size % world or args.batch_size < 2 * world:
@@ -229,10 +224,9 @@ def train(args):
     try:
         if rank > 0:
             dist.barrier()  # the first process prepares the data; the others find them
+        inception = load_inception(args.fid_weights, device) if args.fid_every else None
         images = load_images(args.data, args.img_size, args.cache_dir, quiet=rank > 0)
-        if args.fid_every:
-            inception = load_inception(args.fid_weights, device)
-            real_stats = array_stats(images, inception)
+        real_stats = array_stats(images, inception) if inception else None
         if rank == 0 and world > 1:
             dist.barrier()
     except ValueError as error:
@@ -282,9 +276,9 @@ def train(args):
         if not args.resume:
             save("last.pt")  # so that a run can be resumed from its very start
             save_grid(torch.from_numpy(images[::max(1, len(images) // 81)][:81].copy()).permute(0, 3, 1, 2), out / "real.png", 9)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-        (out / "args.json").write_text(json.dumps({**vars(args), **versions, "device_name": name}, indent=1))
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+                   "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}
+        (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
         log = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         (out / "log.tmp").write_text("".join(line for line in log if line[-1] == "\n" and json.loads(line)["iter"] <= it))
         os.replace(out / "log.tmp", out / "log.jsonl")  # cut back to the checkpoint
@@ -369,12 +363,11 @@ def sample(args):
     checkpoint, out, seeded = load_checkpoint(args.sample), Path(args.out), torch.Generator().manual_seed(args.seed)
     try:
         trained = argparse.Namespace(**checkpoint["args"])
-        G = Generator(trained.img_size, trained.z_dim, trained.max_channels)
-        shown = AveragedModel(G) if trained.ema else G
-        shown.load_state_dict(checkpoint["ema" if trained.ema else "G"])
+        G = Generator(trained.img_size, trained.z_dim, trained.max_channels).to(args.device, memory_format=torch.channels_last)
+        state = checkpoint["ema" if trained.ema else "G"]  # the average's names have a prefix
+        G.load_state_dict({name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"})
     except Exception as error:
         stop(f"{args.sample} does not fit the generator ({str(error).splitlines()[0]}); name another")
-    G = (shown.module if trained.ema else G).to(args.device, memory_format=torch.channels_last)
     z = torch.randn(2 if args.interpolate else 1, args.num_samples, trained.z_dim, generator=seeded)
     z = slerp(*z, 8)[:args.num_samples] if args.interpolate else z[0]
     columns = 8 if args.interpolate else math.ceil(args.num_samples ** 0.5)
@@ -424,6 +417,8 @@ def parse_args():
     flag("--interpolate", action="store_true", help="rows of 8 on the sphere, from one noise to another")
     args = parser.parse_args()
     args.batch_size = args.batch_size or (64 if args.img_size < 512 else 32)
+    if dist.is_torchelastic_launched() and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     args.out = args.out or (f"{args.sample}-seed{args.seed}.png" if args.sample else f"runs/{SCRIPT}-{args.img_size}")
     try:
