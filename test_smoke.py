@@ -348,8 +348,15 @@ def test_sources_that_do_not_work(tmp_path, cli):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("a.png", b"x" * 50)
+    locked = (tmp_path / "locked.zip").read_bytes()
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # set the flag that says: encrypted
+        at = locked.index(mark) + offset
+        locked = locked[:at] + b"\1" + locked[at + 1:]
+    (tmp_path / "locked.zip").write_bytes(locked)
     for source, word in ((tmp_path / "none", "neither"), (tmp_path / "torn.zip", "zip"), (tmp_path / "empty", "no images"),
-                         (tmp_path / "bad", "no readable image"), ("torchvision:Nothing", "no data set"), ("synthetic:0", "neither")):
+                         (tmp_path / "bad", "no readable image"), (tmp_path / "locked.zip", "encrypted"), ("torchvision:Nothing", "no data set"), ("synthetic:0", "neither")):
         refused(cli("data", source, "--img-size", 16), word)
         refused(cli("gan_qp", *TINY, "--data", source, "--out", tmp_path / "run"), word)
     assert not (tmp_path / "run").exists()

@@ -121,7 +121,7 @@ def gradient_penalty(D, x_real, x_fake):
 
 
 def divergence_penalty(D, x_real, x_fake, k=2.0, p=6):
-    """k E[|grad T|_2^p] over real and generated images alike: (B, ...), (B, ...) -> scalar (Wu, eq. 6)."""
+    """k E[|grad T|_2^p] over real and generated images alike: (B, ...), (B, ...) -> scalar (Wu et al., with their k and p)."""
     return k / 2 * sum((input_gradient_norm(D, x) ** p).mean() for x in (x_real, x_fake))
 
 
