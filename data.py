@@ -67,9 +67,9 @@ def draw_face(index, size):
         angles = [math.radians(start + (end - start) * i / 40) for i in range(41)]
         polygon(color, *((x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles))
 
-    top, shirt = (tuple(rng.randrange(40, 240) for _ in range(3)) for _ in range(2))
-    bottom = tint(top, between(0.4, 1.0))
-    image = Image.composite(*(Image.new("RGB", (canvas, canvas), c) for c in (bottom, top)),
+    wall = tint(rng.choice([(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (85, 95, 115)]), between(0.8, 1.15))
+    shade, shirt = tint(wall, between(0.6, 1.0)), tuple(rng.randrange(30, 220) for _ in range(3))
+    image = Image.composite(*(Image.new("RGB", (canvas, canvas), c) for c in (shade, wall)),
                             Image.linear_gradient("L").resize((canvas, canvas)))
     draw = ImageDraw.Draw(image)
     skin = tint(rng.choice([(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50),

@@ -219,12 +219,12 @@ def test_point_masses(capsys):
 @pytest.mark.parametrize("size", gan_qp.SIZES)
 def test_shapes(size):
     for module in MODULES:
-        G, D = module.Generator(size, 16, 128), module.Discriminator(size, 128)
+        G, D = module.Generator(size, 16, 256), module.Discriminator(size, 256)
         x = G(torch.randn(2, 16))
         assert x.shape == (2, 3, size, size) and x.abs().max() <= 1 and x.dtype == torch.float32
         assert x.is_contiguous(memory_format=torch.channels_last)
         assert D(x).shape == (2,)
-    assert gan_qp.Discriminator(size, 128, pairwise=True)(x, x).shape == (2,)
+    assert gan_qp.Discriminator(size, 256, pairwise=True)(x, x).shape == (2,)
 
 
 def test_widths_and_settings():
@@ -750,7 +750,7 @@ def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path, capsys):
         make_image(i, (size, size)).save(tmp_path / f"{i}.png")
     stats, sizes, skipped = fid.measure(tmp_path, inception)
     assert stats.n == 3 and sizes == {(30, 30), (50, 50)} and skipped == 0
-    each = torch.cat([inception(torch.from_numpy(np.asarray(make_image(i, (s, s)))).permute(2, 0, 1)[None]) for i, s in enumerate((30, 30, 50))])
+    each = torch.cat([inception(torch.from_numpy(np.array(make_image(i, (s, s)))).permute(2, 0, 1)[None]) for i, s in enumerate((30, 30, 50))])
     np.testing.assert_allclose(stats.mean, each.double().mean(0), rtol=1e-4, atol=1e-5)
 
 
