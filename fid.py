@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.inception import BasicConv2d, InceptionE, inception_v3
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -90,12 +89,6 @@ class FeatureStats:
 
 # ---------------------------------------------------------------- the network
 
-class _LastBlock(InceptionE):
-    def _forward(self, x):
-        *others, _ = super()._forward(x)
-        return [*others, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))]  # where torchvision averages
-
-
 def _leave_out_padding(_, inputs):
     """Before `branch_pool`: turn the average over 3x3 that counted the zero padding into one that does not."""
     return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
@@ -110,8 +103,15 @@ class Inception(nn.Module):
 
     def __init__(self, state):
         super().__init__()
+        from torchvision.models.inception import BasicConv2d, InceptionE, inception_v3  # here: it takes seconds to import
+
+        class LastBlock(InceptionE):
+            def _forward(self, x):
+                *others, _ = super()._forward(x)
+                return [*others, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))]  # torchvision averages
+
         net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        net.Mixed_7c = _LastBlock(2048)
+        net.Mixed_7c = LastBlock(2048)
         missing, unexpected = net.load_state_dict(state, strict=False)
         wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
         if wrong:

@@ -11,13 +11,13 @@ Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arX
 """
 import argparse, json, math, os, platform, shlex, signal, sys, time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
@@ -250,7 +250,7 @@ def train(args):
         if not args.resume:
             save("last.pt")  # so that a run can be resumed from its very start
             save_grid(torch.from_numpy(images[::max(1, len(images) // 81)][:81].copy()).permute(0, 3, 1, 2), out / "real.png", 9)
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        machine = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
                    "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}
         (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
         log = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
