@@ -157,9 +157,10 @@ def load_inception(weights=None, device="cpu"):
     except Exception as error:  # no such file, torn, not weights, or a pickle that is more than weights
         raise ValueError(f"{weights or 'the download'} is not a file of Inception weights ({_line(error)}); {hint}") from error
     try:
-        return Inception(state).to(device)
+        inception = Inception(state)
     except Exception as error:
         raise ValueError(f"{weights} does not fit the Inception network ({_line(error)}); {hint}") from error
+    return inception.to(device)
 
 
 def _line(error):
@@ -293,6 +294,10 @@ def main():
         parser.error(f"--save-stats {args.save_stats} exists; name a new file")
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1")
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception as error:
+        parser.error(f"--device {args.device} is not to be had here ({_line(error)}); try --device cpu")
     try:
         for path in args.sets:
             if not Path(path).exists():

@@ -744,6 +744,7 @@ def test_parity_with_pytorch_fid(inception_file, inception, tmp_path, monkeypatc
     assert code == 0 and json.loads(out)["fid"] == pytest.approx(expected, rel=1e-3)
     refused(cli("fid", tmp_path / "a.npz", tmp_path / "none"), "none")
     refused(cli("fid", tmp_path / "a.npz"), "--save-stats")
+    refused(cli("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--device", "cuda:99"), "--device")
     refused(cli("fid", tmp_path / "a", "--save-stats", tmp_path / "a.npz"), "exists")
 
 
