@@ -8,16 +8,7 @@ The network is the 2015 Inception of the FID papers with the weights that pytorc
 full fp32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
 Stands alone: needs torch, torchvision, numpy, scipy and Pillow.
 """
-import argparse
-import hashlib
-import io
-import itertools
-import json
-import os
-import sys
-import time
-import urllib.error
-import zipfile
+import argparse, hashlib, io, itertools, json, os, sys, time, urllib.error, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -186,8 +177,9 @@ def drawn_stats(draw, n, inception, batch_size=50):
         stats.update(inception(draw(slice(i, min(i + batch_size, n)))))
     if world > 1:
         parts = [None] * world
-        dist.all_gather_object(parts, (stats.n, stats.total, stats.outer))
-        stats.n, stats.total, stats.outer = (sum(column) for column in zip(*parts))
+        dist.all_gather_object(parts, stats)
+        for other in parts[:rank] + parts[rank + 1:]:
+            stats.merge(other)
     return stats.mean, stats.cov
 
 
