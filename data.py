@@ -6,7 +6,7 @@
 
 Every image is decoded, centre-cropped and resized once; training then reads nothing but the array.
 """
-import argparse, fcntl, functools, hashlib, inspect, io, json, math, multiprocessing
+import argparse, contextlib, fcntl, functools, hashlib, inspect, io, json, math, multiprocessing
 import os, random, signal, sys, threading, time, warnings, zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +19,33 @@ CACHE_DIR = "~/.cache/gan-qp"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 VERSION = 1  # raise it when the same source would give other pixels: caches are then made anew
 
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write into: beside `path`, then flushed and renamed, so that `path` is whole at any time, old or new.
+
+    Raises OSError in one line where that fails.
+    """
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # a full disk, of which torch.save makes a RuntimeError
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make the folder; of several processes, let one after the other do what follows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 # ---------------------------------------------------------------- one image
 
@@ -34,7 +61,6 @@ def square(image, size):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
 
-
 def decode(file, size):
     """An image file (path or file object), of an animation the first frame -> as `square` gives it.
 
@@ -46,88 +72,73 @@ def decode(file, size):
             image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8, still twice what is needed
             return square(image, size)
 
-
 def draw_face(index, size):
     """Face number `index` of the synthetic crowd, a PIL image of (size, size): the same bytes on every run."""
     rng = random.Random(index)
+    between, chance, pick = rng.uniform, lambda p: rng.random() < p, rng.choice
     canvas = size * (4 if size <= 128 else 2)  # drawn larger and scaled down: antialiasing
-    between, chance = rng.uniform, lambda p: rng.random() < p
 
     def tint(color, factor):
         return tuple(min(255, int(c * factor)) for c in color)
-    def box(x, y, rx, ry):
-        return [canvas * v for v in (x - rx, y - ry, x + rx, y + ry)]
-    def ellipse(color, *where):
-        draw.ellipse(box(*where), fill=color)
-    def arc(color, width, start, end, *where):
-        draw.arc(box(*where), start, end, color, max(1, int(width * canvas)))
     def polygon(color, *points):
         draw.polygon([(canvas * x, canvas * y) for x, y in points], fill=color)
-    def chord(color, start, end, x, y, rx, ry):  # Pillow's own smears some arcs over the whole width
-        angles = [math.radians(start + (end - start) * i / 40) for i in range(41)]
+    def oval(color, x, y, rx, ry, start=0, end=360):  # or the part of it that a chord cuts off
+        angles = [math.radians(start + (end - start) * i / 60) for i in range(61)]
         polygon(color, *((x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles))
+    def arc(color, width, x, y, rx, ry, start=0, end=360):
+        draw.arc([canvas * v for v in (x - rx, y - ry, x + rx, y + ry)], start, end, color, max(1, int(width * canvas)))
 
-    wall = tint(rng.choice([(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (85, 95, 115)]), between(0.8, 1.15))
-    shade, shirt = tint(wall, between(0.6, 1.0)), tuple(rng.randrange(30, 220) for _ in range(3))
-    image = Image.composite(*(Image.new("RGB", (canvas, canvas), c) for c in (shade, wall)),
-                            Image.linear_gradient("L").resize((canvas, canvas)))
-    draw = ImageDraw.Draw(image)
-    skin = tint(rng.choice([(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50),
-                            (96, 60, 40)]), between(0.9, 1.05))
-    hair = tint(rng.choice([(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30),
-                            (170, 170, 170)]), between(0.8, 1.2))
-    style = rng.choice(["short", "short", "long", "bob", "bald"])
+    wall = tint(pick([(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (85, 95, 115)]), between(0.8, 1.15))
+    skin = tint(pick([(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50), (96, 60, 40)]), between(0.9, 1.05))
+    hair = tint(pick([(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30), (170, 170, 170)]), between(0.8, 1.2))
+    iris, shirt = pick([(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)]), tuple(rng.randrange(30, 220) for _ in range(3))
+    style, glasses = pick(["short", "short", "long", "bob", "bald"]), chance(0.2)
     x, y, rx, ry = 0.5 + between(-0.04, 0.04), 0.5 + between(-0.03, 0.03), between(0.21, 0.26), between(0.28, 0.33)
     turned = x + between(-0.03, 0.03)  # the head looks left or right: brows, eyes, nose and mouth move
 
+    corners = (Image.new("RGB", (canvas, canvas), tint(wall, factor)) for factor in (between(0.6, 1.0), 1))
+    image = Image.composite(*corners, Image.linear_gradient("L").resize((canvas, canvas)))
+    draw = ImageDraw.Draw(image)
     if style in ("long", "bob"):  # hair behind the head
         low, side = y + (0.42 if style == "long" else 0.22), rx + 0.07
-        ellipse(hair, x, y - 0.05, side, ry + 0.05)
+        oval(hair, x, y - 0.05, side, ry + 0.05)
         polygon(hair, (x - side, y - 0.05), (x + side, y - 0.05), (x + side, low), (x - side, low))
-    ellipse(shirt, x, 1.12, between(0.38, 0.48), 0.3)
+    oval(shirt, x, 1.12, between(0.38, 0.48), 0.3)
     polygon(tint(skin, 0.85), (x - 0.1, y + 0.15), (x + 0.1, y + 0.15), (x + 0.12, 0.88), (x, 0.95), (x - 0.12, 0.88))
-    for side in (-1, 1):
-        ellipse(tint(skin, 0.9), x + side * rx, y + 0.02, 0.035, 0.06)  # ears
+    for ear in (x - rx, x + rx):
+        oval(tint(skin, 0.9), ear, y + 0.02, 0.035, 0.06)
     if style != "bald":
-        ellipse(hair, x, y - 0.06, rx + 0.02, ry + 0.01)
-    ellipse(skin, x, y, rx, ry)
+        oval(hair, x, y - 0.06, rx + 0.02, ry + 0.01)
+    oval(skin, x, y, rx, ry)
     if style in ("short", "bald") and chance(0.3):  # a beard
-        chord(hair, 15, 165, x, y, rx, ry)
-        ellipse(skin, x, y - 0.01, rx * 0.85, ry * 0.8)
+        oval(hair, x, y, rx, ry, 15, 165)
+        oval(skin, x, y - 0.01, rx * 0.85, ry * 0.8)
     if style != "bald":  # the fringe
         low = between(27, 40)
-        chord(hair, 180 + low, 360 - low, x, y - 0.01, rx + 0.01, ry + 0.02)
+        oval(hair, x, y - 0.01, rx + 0.01, ry + 0.02, 180 + low, 360 - low)
 
-    iris = rng.choice([(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)])
     apart, eye_y, lid = rx * between(0.4, 0.48), y - 0.03 + between(-0.02, 0.01), between(0.018, 0.028)
     look, brow_y, brow = between(-0.01, 0.01), between(0.02, 0.04), between(0.012, 0.022)
-    glasses, frame = chance(0.2), (25, 25, 30)
-    for side in (-1, 1):
-        ellipse(tint(skin, 0.96), turned + side * rx * 0.55, y + 0.08, 0.05, 0.035)  # cheeks
-        eye = turned + side * apart
-        ellipse((250, 250, 248), eye, eye_y, 0.045, lid)
-        ellipse(iris, eye + look, eye_y, 0.02, min(0.02, lid))
-        ellipse((10, 10, 10), eye + look, eye_y, 0.009, 0.009)
-        ellipse((255, 255, 255), eye + look - 0.006, eye_y - 0.006, 0.005, 0.005)
-        arc(tint(skin, 0.4), 0.008, 190, 350, eye, eye_y, 0.048, lid + 0.006)
-        arc(tint(hair, 0.7), brow, 215, 325, eye, eye_y - brow_y, 0.06, 0.035)
+    for eye in (turned - apart, turned + apart):
+        oval((250, 250, 248), eye, eye_y, 0.045, lid)
+        oval(iris, eye + look, eye_y, 0.02, min(0.02, lid))
+        oval((10, 10, 10), eye + look, eye_y, 0.009, 0.009)
+        arc(tint(skin, 0.4), 0.008, eye, eye_y, 0.048, lid + 0.006, 190, 350)
+        arc(tint(hair, 0.7), brow, eye, eye_y - brow_y, 0.06, 0.035, 215, 325)
         if glasses:
-            arc(frame, 0.01, 0, 360, eye, eye_y, 0.07, 0.055)
-            arc(frame, 0.01, 200, 340, turned, eye_y, 0.035, 0.02)
-
+            arc((25, 25, 30), 0.01, eye, eye_y, 0.07, 0.055)
+            arc((25, 25, 30), 0.01, turned, eye_y, 0.035, 0.02, 200, 340)
     nose, nose_y, nose_w = 1.6 * turned - 0.6 * x, y + 0.09 + between(-0.01, 0.015), between(0.02, 0.035)
     polygon(tint(skin, 0.9), (turned, eye_y), (nose + nose_w, nose_y), (nose - nose_w, nose_y))
-    arc(tint(skin, 0.65), 0.009, 10, 170, nose, nose_y - 0.005, nose_w, 0.016)
+    arc(tint(skin, 0.65), 0.009, nose, nose_y - 0.005, nose_w, 0.016, 10, 170)
     mouth_y, mouth_w = y + 0.17 + between(-0.01, 0.015), between(0.055, 0.085)
     lips = tint((min(255, skin[0] + 40), *skin[1:]), 0.72)
     if chance(0.4):  # laughing: teeth between the lips
-        chord(lips, 0, 180, turned, mouth_y, mouth_w, 0.045)
-        chord((250, 248, 245), 0, 180, turned, mouth_y, mouth_w * 0.8, 0.025)
+        oval(lips, turned, mouth_y, mouth_w, 0.045, 0, 180)
+        oval((250, 248, 245), turned, mouth_y, mouth_w * 0.8, 0.025, 0, 180)
     else:
-        ellipse(lips, turned, mouth_y, mouth_w, between(0.012, 0.022))
-        arc(tint(lips, 0.55), 0.007, 20, 160, turned, mouth_y - 0.02, mouth_w, between(0.015, 0.03))
+        oval(lips, turned, mouth_y, mouth_w, between(0.012, 0.022))
     return image.resize((size, size), Image.Resampling.BOX)
-
 
 # ---------------------------------------------------------------- sources
 
@@ -143,7 +154,6 @@ def _listing(path):
         return any(part[0:1] == "." and part != ".." or part == "__MACOSX" for part in name.split("/"))
     return sorted(f for f in files if f[0].lower().endswith(EXTENSIONS) and not hidden(f[0]))
 
-
 def _opener(path):
     """A folder or .zip -> function of (name, size) that returns a square image."""
     if path.is_dir():
@@ -155,7 +165,6 @@ def _opener(path):
         return decode(io.BytesIO(archive.read(name)), size)
     return read
 
-
 def _torchvision(name, cache_dir):
     """-> the data set of that name, downloaded into the cache."""
     import torchvision
@@ -164,10 +173,10 @@ def _torchvision(name, cache_dir):
         raise ValueError(f"torchvision has no data set {name!r}; try torchvision:CIFAR10")
     options = {"root": str(cache_dir / name), "download": True}
     try:
-        return kind(**{k: v for k, v in options.items() if k in inspect.signature(kind).parameters})
+        with locked(cache_dir):
+            return kind(**{k: v for k, v in options.items() if k in inspect.signature(kind).parameters})
     except Exception as error:  # no network, a manual download, arguments of its own
         raise ValueError(f"torchvision:{name} cannot be had ({error}); get its images yourself and name the folder") from error
-
 
 def _source(source, cache_dir):
     """-> (names, identity, opener); opener() gives a function of (name, size) that returns a square image."""
@@ -188,7 +197,6 @@ def _source(source, cache_dir):
         raise ValueError(f"{source} holds no images ({' '.join(EXTENSIONS)})")
     return [name for name, *_ in files], [str(path), files], lambda: _opener(path)
 
-
 # ---------------------------------------------------------------- preparation
 
 def _start_worker(opener):
@@ -196,11 +204,8 @@ def _start_worker(opener):
     global _read
     _read = opener()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    def follow():  # a worker would outlive a parent killed by SIGKILL
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
+    end_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # which SIGKILL does not do
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 def _work(name, size):
     try:
@@ -208,38 +213,30 @@ def _work(name, size):
     except Exception as error:  # Pillow raises nearly every kind of error for bad files
         return f"{type(error).__name__}: {error}"
 
-
 def _prepare(names, opener, size, path, show):
-    """Write all images into the array `path`, built beside it first, and the skipped into a .json."""
-    partial, skipped, count = path.with_suffix(".tmp"), [], 0
+    """Write all images into the array `path`, and into a .json beside it which were skipped, and why."""
+    skipped, count = [], 0
     block = max(64, min(1024, 2 ** 28 // (3 * size * size)))  # so many images at a time are in memory
-    def header(n):  # numpy leaves room for the count, so that a second one is as long
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
     # fork: workers inherit the opener as it is and need not import torch again
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"), _start_worker, (opener,))
-    try:
-        with pool, open(partial, "wb") as file:
-            header(len(names))
-            for start in range(0, len(names), block):
-                part = names[start:start + block]
-                for name, result in zip(part, pool.map(_work, part, [size] * len(part), chunksize=8)):
-                    if isinstance(result, bytes):
-                        count += bool(file.write(result))
-                    else:
-                        skipped.append((str(name), result))
-                if show:
-                    print(f"\rpreparing {start + len(part):,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
-            header(count)
-            file.flush()
-            os.fsync(file.fileno())
+    with pool, replacing(path) as file:
+        def header(n):  # numpy leaves room for the count, so that a second one is as long
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
+        header(len(names))
+        for start in range(0, len(names), block):
+            part = names[start:start + block]
+            for name, result in zip(part, pool.map(_work, part, [size] * len(part), chunksize=8)):
+                if isinstance(result, bytes):
+                    count += bool(file.write(result))
+                else:
+                    skipped.append((str(name), result))
+            if show:
+                print(f"\rpreparing {start + len(part):,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
         if not count:
             raise ValueError(f"no readable image; {skipped[0][0]!a}: {skipped[0][1]}")
+        header(count)
         path.with_suffix(".json").write_text(json.dumps(skipped))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
 
 def load_images(source, img_size, cache_dir=None, quiet=False):
     """Prepare `source` at `img_size`, or find it prepared -> read-only memory map, uint8 (N, img_size, img_size, 3), RGB.
@@ -254,14 +251,12 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
     stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(source).stem)[:40]
     path = cache_dir / f"{stem}-{img_size}-{digest}.npy"
     if fresh := not path.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; another waits, and then finds it done
-            for dead in cache_dir.glob("*.tmp"):  # of a process that was killed: nobody else holds the lock
+        with locked(cache_dir):
+            for dead in cache_dir.glob("*.npy.tmp"):  # of a process that was killed: nobody else holds the lock
                 dead.unlink()
             if not path.exists():
                 try:
-                    _prepare(names, opener, img_size, path, show=sys.stderr.isatty() and not quiet)
+                    _prepare(names, opener, img_size, path, show=sys.stderr.isatty())
                 except ValueError as error:
                     raise ValueError(f"{source}: {error}") from None
     images, skipped = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
@@ -272,7 +267,6 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
         for name, reason in skipped[:5]:
             print(f"  {name!a}: {reason}", file=sys.stderr)
     return images
-
 
 # ---------------------------------------------------------------- batches
 
@@ -324,12 +318,10 @@ class Batches:
             batch = torch.where(flips[:, None, None, None], batch.flip(-1), batch)
         return batch
 
-
 def save_grid(images, path, columns):
     """uint8 (N, 3, S, S) tensor -> one picture, `columns` images wide."""
     from torchvision.utils import make_grid
     Image.fromarray(make_grid(images.cpu(), columns).permute(1, 2, 0).numpy()).save(path)
-
 
 def save_gif(folder, path):
     """The grids in `folder`, at most 50 evenly picked, as an animation."""
@@ -337,7 +329,6 @@ def save_gif(folder, path):
     picks = sorted({i * (len(files) - 1) // 49 for i in range(50)})
     first, *others = [ImageOps.contain(Image.open(files[i]), (600, 600)) for i in picks]
     first.save(path, save_all=True, append_images=others, duration=150, loop=0)
-
 
 def number(kind, low, high):
     """A type for argparse: an int or a float within bounds, both included."""
@@ -347,7 +338,6 @@ def number(kind, low, high):
         return kind(text)
     parse.__name__ = kind.__name__
     return parse
-
 
 def main():
     parser = argparse.ArgumentParser(description="Prepare images for training, and see what a network will see.")
@@ -364,7 +354,6 @@ def main():
     except (ValueError, OSError) as error:
         parser.error(error)
     print(f"array   {images.filename}\npreview {preview}")
-
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 DIM = 2048
 RELIABLE = 2048  # with fewer images than dimensions the covariance is singular and the FID mostly bias
 
-
 # ---------------------------------------------------------------- the distance
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -44,7 +43,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = vectors * np.sqrt(values.clip(0))
     trace = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
     return max(0.0, float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
-
 
 class FeatureStats:
     """Mean and covariance of features that come batch by batch: count, sum and outer product, in float64.
@@ -77,13 +75,11 @@ class FeatureStats:
             raise ValueError("statistics need at least two images")
         return (self.outer - np.outer(self.mean, self.total)) / (self.n - 1)
 
-
 # ---------------------------------------------------------------- the network
 
 def _leave_out_padding(_, inputs):
     """Before `branch_pool`: turn the average over 3x3 that counted the zero padding into one that does not."""
     return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
-
 
 class Inception(nn.Module):
     """The 2015 Inception: uint8 (B, 3, H, W) of any size -> features (B, 2048), float32.
@@ -125,11 +121,9 @@ class Inception(nn.Module):
                 x = F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
-
 def clean_resize(images):
     """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [0, 255], not rounded: Pillow's bicubic as clean-fid uses it."""
     return F.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-
 
 def load_inception(weights=None, device="cpu"):
     """The Inception network for FID, in evaluation mode on `device`.
@@ -153,21 +147,20 @@ def load_inception(weights=None, device="cpu"):
         raise ValueError(f"{weights} does not fit the Inception network ({_line(error)}); {hint}") from error
     return inception.to(device)
 
-
 def _line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
 
 # ---------------------------------------------------------------- sets of images
 
 def array_stats(images, inception, batch_size=50):
     """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it, for these weights, and found there later."""
-    cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
+    cache, stats = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz"), FeatureStats()
     if not cache.exists():
-        save_stats(_stats((images[i:i + batch_size] for i in range(0, len(images), batch_size)), inception), cache)
+        for i in range(0, len(images), batch_size):
+            _measure_batch(images[i:i + batch_size], inception, stats)
+        save_stats(stats, cache)
     with np.load(cache) as file:
         return file["mu"], file["sigma"]
-
 
 def drawn_stats(draw, n, inception, batch_size=50):
     """n images from draw(slice) -> uint8 (B, 3, H, W), say of a generator -> (mu, sigma); processes share the work."""
@@ -182,7 +175,6 @@ def drawn_stats(draw, n, inception, batch_size=50):
             stats.merge(other)
     return stats.mean, stats.cov
 
-
 def save_stats(stats, path):
     """Write mean and covariance as pytorch-fid does, arrays mu and sigma of an .npz; beside first, then renamed."""
     partial = f"{path}.{os.getpid()}"
@@ -193,17 +185,11 @@ def save_stats(stats, path):
     finally:
         Path(partial).unlink(missing_ok=True)
 
-
-def _stats(batches, inception, clean=False, progress=None):
-    stats, device = FeatureStats(), next(inception.parameters()).device
-    for batch in batches:
-        for _, same in itertools.groupby(batch, key=np.shape):  # a folder may mix sizes, a tensor cannot
-            images = torch.from_numpy(np.stack(list(same))).to(device)
-            stats.update(inception(images.permute(0, 3, 1, 2), clean))
-        if progress:
-            progress(stats.n)
-    return stats
-
+def _measure_batch(batch, inception, stats, clean=False):
+    """Add the features of some uint8 (H, W, 3) arrays to `stats`."""
+    for _, same in itertools.groupby(batch, key=np.shape):  # a folder may mix sizes, a tensor cannot
+        images = torch.from_numpy(np.stack(list(same))).to(next(inception.parameters()).device)
+        stats.update(inception(images.permute(0, 3, 1, 2), clean))
 
 def _open_images(path):
     """A folder or zip -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
@@ -222,13 +208,12 @@ def _open_images(path):
             return np.asarray(image.convert("RGB"))
     return sorted(filter(wanted, names)), read
 
-
 def measure(path, inception, clean=False, batch_size=50):
     """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), number of unreadable images).
 
     Shows its progress on standard error. Raises ValueError where there is nothing to measure.
     """
-    path, sizes, skipped, began = Path(path), set(), [], time.perf_counter()
+    path, stats, sizes, skipped, began = Path(path), FeatureStats(), set(), [], time.perf_counter()
     if path.suffix == ".npy":
         images = np.load(path, mmap_mode="r")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -245,29 +230,25 @@ def measure(path, inception, clean=False, batch_size=50):
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
             skipped.append((name, _line(error)))
 
-    def batches():
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ahead = None
-            for i in [*range(0, len(names), batch_size), None]:  # decode the next batch while this one is measured
-                coming = None if i is None else [pool.submit(attempt, name) for name in names[i:i + batch_size]]
-                if ahead:
-                    batch = [image for image in (task.result() for task in ahead) if image is not None]
-                    sizes.update(image.shape[:2] for image in batch)
-                    yield batch
-                ahead = coming
+    def report(end):
+        print(f"\r{path.name}: {stats.n:,}/{len(names):,} images, {stats.n / (time.perf_counter() - began):.1f} img/s",
+              end=end, file=sys.stderr, flush=True)
 
-    def progress(done):
-        if sys.stderr.isatty():
-            print(f"\r{path.name}: {done:,}/{len(names):,}  {done / (time.perf_counter() - began):.1f} img/s",
-                  end="", file=sys.stderr, flush=True)
-    stats = _stats(batches(), inception, clean, progress)
-    print(f"\r{path.name}: {stats.n:,} images, {stats.n / (time.perf_counter() - began):.1f} img/s", file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = pool.map(attempt, names[:batch_size])
+        for i in range(batch_size, len(names) + batch_size, batch_size):
+            batch = [image for image in ahead if image is not None]
+            ahead = pool.map(attempt, names[i:i + batch_size])  # decoded while this batch is measured
+            sizes.update(image.shape[:2] for image in batch)
+            _measure_batch(batch, inception, stats, clean)
+            if sys.stderr.isatty():
+                report("")
+    report("\n")
     for name, reason in skipped[:5]:
         print(f"  skipped {name!a}: {reason}", file=sys.stderr)
     if stats.n < 2:
         raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
     return stats, sizes, len(skipped)
-
 
 def main():
     parser = argparse.ArgumentParser(description="Frechet Inception Distance between two sets of images.")
@@ -295,7 +276,7 @@ def main():
             if not Path(path).exists():
                 raise ValueError(f"{path} does not exist")
         inception = None if all(p.endswith(".npz") for p in args.sets) else load_inception(args.weights, args.device)
-        results, sizes, counts, skipped = [], [], [], []
+        results, sizes, counts, skipped = [], set(), [], []
         for path in args.sets:
             if path.endswith(".npz"):
                 with np.load(path) as file:
@@ -303,20 +284,19 @@ def main():
                 continue
             stats, found, bad = measure(path, inception, args.clean, args.batch_size)
             results.append((stats.mean, stats.cov))
-            sizes.append(found)
+            sizes |= found
             counts.append(stats.n)
             skipped.append(bad)
             if stats.n < RELIABLE:
                 print(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {RELIABLE:,} is not reliable", file=sys.stderr)
-        if len(set().union(*sizes)) > 1:
-            print(f"warning: the images differ in size {sorted(set().union(*sizes))[:4]}; resizing weighs on the FID", file=sys.stderr)
+        if len(sizes) > 1:
+            print(f"warning: the images differ in size {sorted(sizes)[:4]}; resizing weighs on the FID", file=sys.stderr)
         if args.save_stats:
             return save_stats(stats, args.save_stats)
         value = frechet_distance(*results[0], *results[1])
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         parser.error(_line(error))
     print(json.dumps({"clean_fid" if args.clean else "fid": value, "images": counts, "skipped": skipped}) if args.json else f"{value:.6f}")
-
 
 if __name__ == "__main__":
     main()

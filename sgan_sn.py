@@ -5,7 +5,6 @@
 
     python sgan_sn.py --img-size 128 --data photos/      a folder or .zip; without --data, drawn faces
     python sgan_sn.py --sample runs/sgan_sn-128/last.pt --out grid.png
-    torchrun --nproc-per-node 8 sgan_sn.py --img-size 512 --data photos/
 
 Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arXiv 1802.05957.
 """
@@ -17,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any process group: imported later, it would keep one, and its threads, alive at exit
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import CACHE_DIR, Batches, load_images, number, save_gif, save_grid
+from data import CACHE_DIR, Batches, load_images, number, replacing, save_gif, save_grid
 from fid import array_stats, drawn_stats, frechet_distance, load_inception
 
 SCRIPT = Path(__file__).stem
 SIZES = [16, 32, 64, 128, 256, 512, 1024]
-
 
 # ---------------------------------------------------------------- networks
 
@@ -36,9 +35,8 @@ def layer_widths(img_size, max_channels=None):
     """Channels of the log2(size) - 2 hidden layers, narrow to wide: the widest has 8 * size, 2048 at most."""
     n, widest = int(math.log2(img_size)) - 3, min(8 * img_size, max_channels or 2048)
     if img_size not in SIZES or widest < 2 ** n:
-        raise ValueError(f"img_size {img_size} must be one of {SIZES} and its widest layer have {2 ** max(n, 1)} channels or more")
+        raise ValueError(f"img_size {img_size} must be one of {SIZES}, and max_channels (--max-channels) {2 ** max(n, 1)} or more for it")
     return [widest >> i for i in range(n, -1, -1)]
-
 
 def glorot(module):
     """Glorot uniform weights and zero biases: Keras' defaults, which the paper trained with."""
@@ -46,7 +44,6 @@ def glorot(module):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
 
 class Generator(nn.Module):
     """Standard normal noise (B, z_dim) -> images (B, 3, img_size, img_size) in [-1, 1], float32."""
@@ -68,7 +65,6 @@ class Generator(nn.Module):
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # channels last without a copy
         return torch.tanh(self.layers(x).float())
 
-
 class Discriminator(nn.Module):
     """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32; sn=False: batch norm instead."""
 
@@ -82,35 +78,24 @@ class Discriminator(nn.Module):
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1, bias=False)
         self.apply(glorot)
-        if sn:
-            for layer in [*layers[::2], self.linear]:
-                spectral_norm(layer)
+        for layer in [*layers[::2], self.linear] if sn else ():
+            spectral_norm(layer)
 
     def forward(self, x):
         x = self.layers(x).permute(0, 2, 3, 1).flatten(1)
         with torch.autocast(x.device.type, enabled=False):  # a difference of scores needs all their digits
             return self.linear(x.float()).squeeze(1)
 
-
-def build_discriminator(args):
-    return Discriminator(args.img_size, args.max_channels, sn=not args.no_sn)
-
-
 # ---------------------------------------------------------------- losses
 
 def pair_distance(x_real, x_fake, metric="l1"):
-    """Distance of the i-th real to the i-th generated image: (B, ...), (B, ...) -> (B,).
-
-    "l1": mean absolute difference over pixels and channels; "l2": root of the mean square difference.
-    """
+    """Distance of each pair, over pixels and channels: mean absolute, or "l2" root mean square. (B, ...), (B, ...) -> (B,)"""
     difference = (x_real - x_fake).flatten(1)
     return difference.abs().mean(1) if metric == "l1" else difference.square().mean(1).sqrt()
-
 
 def js_divergence(score_real, score_fake):
     """Jensen-Shannon estimate 1/2 E[log sigmoid(T_r)] + 1/2 E[log(1 - sigmoid(T_f))] + log 2: (B,), (B,) -> scalar <= log 2."""
     return math.log(2) - (F.softplus(-score_real).mean() + F.softplus(score_fake).mean()) / 2
-
 
 def discriminator_loss(D, x_real, x_fake, args):
     """-> (loss to minimise, estimate of the divergence, T(x_r) - T(x_f) of each pair)"""
@@ -119,11 +104,9 @@ def discriminator_loss(D, x_real, x_fake, args):
     divergence = js_divergence(score_real, score_fake)
     return 2 * (math.log(2) - divergence), divergence, score_real - score_fake
 
-
 def generator_loss(D, x_real, x_fake, args):
     """-> loss to minimise: E[-log sigmoid(T(x_f))], which does not saturate while T tells all generated images"""
     return F.softplus(-D(x_fake)).mean()
-
 
 # ---------------------------------------------------------------- helpers
 
@@ -132,7 +115,6 @@ def stop(message):
     if os.environ.get("RANK", "0") == "0":
         print(f"{SCRIPT}.py: {message}", file=sys.stderr)
     sys.exit(2)
-
 
 def update(optimizer, loss):
     """One step down the gradient of `loss`, averaged over the processes if there are several."""
@@ -146,7 +128,6 @@ def update(optimizer, loss):
             grad.copy_(part.view(grad.shape))
     optimizer.step()
 
-
 @torch.no_grad()
 def generate(G, z):
     """Noise (N, z_dim) -> uint8 images (N, 3, S, S), in evaluation mode and fp32, rounded."""
@@ -155,96 +136,72 @@ def generate(G, z):
     G.train()
     return images
 
-
-def save_checkpoint(state, path):
-    """Write beside, flush, rename: whatever happens, `path` is the old file or the new one, whole."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # a full disk, of which torch makes a RuntimeError
-        beside.unlink(missing_ok=True)
-        stop(f"{path} could not be written ({str(error).splitlines()[0]}); an earlier one is intact")
-
-
 def load_checkpoint(path):
-    """What save_checkpoint wrote; anything else is refused, and no code in it run."""
+    """-> (what `train` saved, its generator for sampling); anything else is refused, and no code in it run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == SCRIPT, f"of {checkpoint['script']}.py"
-        return checkpoint
+        flags, reason = checkpoint["args"], f"of {checkpoint['script']}.py"
+        if checkpoint["script"] == SCRIPT:
+            G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
+            G.load_state_dict(checkpoint["shown"])
+            return checkpoint, G
     except Exception as error:
-        reason = str(error) if isinstance(error, AssertionError) else type(error).__name__  # torch's own text is many lines
-        stop(f"{path} is not a whole checkpoint of {SCRIPT}.py ({reason}); name another")
-
+        reason = type(error).__name__  # torch's own text is many lines
+    stop(f"{path} is not a whole checkpoint of {SCRIPT}.py ({reason}); name another")
 
 # ---------------------------------------------------------------- training
 
 def train(args):
-    device, out, rank, world = torch.device(args.device), Path(args.out), 0, 1
+    """Train, or go on from last.pt, up to iteration args.iters or a signal; all that comes of it is in args.out."""
+    device, out = torch.device(args.device), Path(args.out)
     if dist.is_torchelastic_launched():  # by torchrun: one process for each GPU
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if args.batch_size % world or args.batch_size < 2 * world:
-            stop(f"--batch-size {args.batch_size} must divide among {world} processes, two images or more for each")
-    checkpoint = load_checkpoint(out / "last.pt") if args.resume else None
-    for name, value in checkpoint["args"].items() if args.resume else ():
-        if name not in MAY_CHANGE and value != vars(args).get(name):
-            flag = "--" + name.replace("_", "-")
-            stop(f"{flag} {vars(args).get(name)} contradicts the run in {out}, which has {flag} {value}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if args.batch_size % world or args.batch_size < 2 * world:
+        stop(f"--batch-size {args.batch_size} must divide among {world} processes, two images or more for each")
+    checkpoint = load_checkpoint(out / "last.pt")[0] if args.resume else {"iter": 0, "log": [], "args": {}}
+    it, log = checkpoint["iter"], checkpoint["log"]
+    for name in sorted(checkpoint["args"].keys() - MAY_CHANGE):
+        flag, old, new = "--" + name.replace("_", "-"), checkpoint["args"][name], vars(args).get(name)
+        if old != new:
+            stop(f"{flag} {new} contradicts the run in {out}, which has {flag} {old}")
     try:
-        if rank > 0:
-            dist.barrier()  # the first process prepares the data; the others find them
+        layer_widths(args.img_size, args.max_channels)
         inception = load_inception(args.fid_weights, device) if args.fid_every else None
         images = load_images(args.data, args.img_size, args.cache_dir, quiet=rank > 0)
         real_stats = array_stats(images, inception) if inception else None
-        if rank == 0 and world > 1:
-            dist.barrier()
     except ValueError as error:
         stop(error)
 
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    bf16 = args.precision == "bf16" or args.precision == "auto" and (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type != "mps" and fast
     batches = Batches(images, args.batch_size, device, args.seed, args.flip, rank, world)
     reals = args.d_steps  # batches of real images in an iteration
     torch.manual_seed(args.seed)
-    nets = [Generator(args.img_size, args.z_dim, args.max_channels), build_discriminator(args)]
+    G = Generator(args.img_size, args.z_dim, args.max_channels)
+    D = Discriminator(args.img_size, args.max_channels, sn=not args.no_sn)
     fixed_z = torch.randn(81, args.z_dim).to(device)
     if device.type == "cuda" and world > 1:
-        nets = [nn.SyncBatchNorm.convert_sync_batchnorm(net) for net in nets]
-    G, D = (net.to(device, memory_format=torch.channels_last) for net in nets)
+        G, D = map(nn.SyncBatchNorm.convert_sync_batchnorm, (G, D))
+    G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, args.betas, eps=1e-7, fused=device.type != "mps") for net in (G, D))
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
     if args.ema:
         parts["ema"] = AveragedModel(G, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     shown = parts["ema"].module if args.ema else G  # the generator of samples and FID
-    it, sec, best_fid = 0, 0.0, math.inf
-    if args.resume:
-        it, sec, best_fid = (checkpoint[name] for name in ("iter", "sec", "best_fid"))
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+    for name, part in parts.items() if args.resume else ():
+        part.load_state_dict(checkpoint[name])
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled, say without a C++ compiler, runs as it is
         G.compile(), D.compile()
 
-    def check(values, iteration, what):
-        if not all(map(math.isfinite, values)):
-            stop(f"the {what} of iteration {iteration} is not finite; the last good checkpoint is {out / 'last.pt'}, "
-                 f"of iteration {saved}; try a lower --lr")
-
     def save(name):
-        check([p.abs().max().item() for net in (G, D) for p in net.parameters()], it, "network")
-        states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint({"script": SCRIPT, "iter": it, "sec": sec, "best_fid": best_fid, "args": vars(args), **states}, out / name)
+        states = {key: part.state_dict() for key, part in [*parts.items(), ("shown", shown)]}  # the last costs no space
+        with replacing(out / name) as file:
+            torch.save({"script": SCRIPT, "iter": it, "log": log, "args": vars(args), **states}, file)
 
-    history, saved, marked, mark = [], it, it, time.perf_counter()
-    began = mark - sec
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if not args.resume:
@@ -253,12 +210,11 @@ def train(args):
         machine = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
                    "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}
         (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
-        log = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
-        (out / "log.tmp").write_text("".join(line for line in log if line[-1] == "\n" and json.loads(line)["iter"] <= it))
-        os.replace(out / "log.tmp", out / "log.jsonl")  # cut back to the checkpoint
+        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))  # cut back to the checkpoint
+    history, marked, mark, began = [], it, time.perf_counter(), time.perf_counter() - (log[-1]["sec"] if log else 0)
     stopping = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopping.append(number))
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stopping.append(kind))
 
     for it in range(it + 1, args.iters + 1):
         torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
@@ -289,15 +245,18 @@ def train(args):
         if world > 1:
             dist.all_reduce(table)
         rows, history = (table / world).tolist(), []
-        for i, row in enumerate(rows):
-            check(row, it + 1 - len(rows) + i, "loss")
-        sec, leave, pace = time.perf_counter() - began, rows[-1].pop() > 0, (time.perf_counter() - mark) / (it - marked)
+        leave, whole = rows[-1].pop() > 0, all(p.isfinite().all() for p in G.parameters())
+        for i, row in enumerate(rows, it + 1 - len(rows)):
+            if not all(map(math.isfinite, row)) or i == it and not whole:
+                stop(f"iteration {i}: the loss or the generator is not finite; {out / 'last.pt'} holds the last good state; try a lower --lr")
+        pace = (time.perf_counter() - mark) / (it - marked)
         record = {"iter": it, **dict(zip(("d_loss", "g_loss", "divergence", "lipschitz"), rows[-1])),
-                  "img_per_sec": round(args.d_steps * args.batch_size / pace, 1), "sec": round(sec, 2)}
+                  "img_per_sec": round(args.d_steps * args.batch_size / pace, 1), "sec": round(time.perf_counter() - began, 2)}
         if "fid" in due:
             noise = torch.randn(args.fid_samples, args.z_dim, generator=torch.Generator().manual_seed(0)).to(device)
             record["fid"] = frechet_distance(*drawn_stats(lambda part: generate(shown, noise[part]), args.fid_samples, inception), *real_stats)
-        if rank == 0 and due & {"log", "fid"}:
+        if rank == 0 and (leave or due & {"log", "fid"}):
+            log.append(record)
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
             line = "  ".join(f"{name} {value:.5g}" for name, value in record.items() if name != "sec").replace("lipschitz", "|delta|/d")
@@ -305,12 +264,10 @@ def train(args):
             print(f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
         if rank == 0 and "sample" in due:
             save_grid(generate(shown, fixed_z), out / "samples" / f"{it:06d}.png", 9)
-        if rank == 0 and record.get("fid", math.inf) < best_fid:
-            best_fid = record["fid"]
+        if rank == 0 and "fid" in due and record["fid"] == min(row["fid"] for row in log if "fid" in row):
             save("best.pt")
         if rank == 0 and (leave or "save" in due):
             save("last.pt")
-            saved = it
         if leave:
             break
         marked, mark = it, time.perf_counter()
@@ -323,40 +280,27 @@ def train(args):
     if world > 1:
         dist.destroy_process_group()
 
-
-# ---------------------------------------------------------------- sampling
-
 def slerp(a, b, steps):
     """Spherical interpolation from noise a to noise b, each (N, z_dim) -> (N * steps, z_dim)."""
     angle = F.cosine_similarity(a, b).acos()[:, None, None]
     t = torch.linspace(0, 1, steps)[:, None]
     return ((torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)).flatten(0, 1)
 
-
 def sample(args):
-    checkpoint, out, seeded = load_checkpoint(args.sample), Path(args.out), torch.Generator().manual_seed(args.seed)
-    try:
-        trained = argparse.Namespace(**checkpoint["args"])
-        G = Generator(trained.img_size, trained.z_dim, trained.max_channels).to(args.device, memory_format=torch.channels_last)
-        state = checkpoint["ema" if trained.ema else "G"]  # the average's names have a prefix
-        G.load_state_dict({name.removeprefix("module."): value for name, value in state.items() if name != "n_averaged"})
-    except Exception as error:
-        stop(f"{args.sample} does not fit the generator ({str(error).splitlines()[0]}); name another")
-    z = torch.randn(2 if args.interpolate else 1, args.num_samples, trained.z_dim, generator=seeded)
+    """Draw from the generator in args.sample into args.out, a .png for a grid or else a folder of single images."""
+    G, out = load_checkpoint(args.sample)[1].to(args.device, memory_format=torch.channels_last), Path(args.out)
+    z = torch.randn(2, args.num_samples, G.linear.in_features, generator=torch.Generator().manual_seed(args.seed))
     z = slerp(*z, 8)[:args.num_samples] if args.interpolate else z[0]
-    columns = 8 if args.interpolate else math.ceil(args.num_samples ** 0.5)
     (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
     for i, part in enumerate([z] if out.suffix == ".png" else z.split(1)):
-        save_grid(generate(G, part.to(args.device)), out if out.suffix == ".png" else out / f"{i:05d}.png", columns)
+        path, columns = out if out.suffix == ".png" else out / f"{i:05d}.png", 8 if args.interpolate else math.ceil(len(part) ** 0.5)
+        save_grid(generate(G, part.to(args.device)), path, columns)
     print(f"{len(z)} images in {out}")
-
 
 # ---------------------------------------------------------------- command line
 
-RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "args.json", "real.png", "samples", "progress.gif")
 MAY_CHANGE = {"iters", "device", "precision", "compile", "out", "resume", "log_every", "sample_every", "save_every", "fid_every",
               "fid_samples", "fid_weights", "cache_dir", "sample", "num_samples", "interpolate"}  # when a run is resumed
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -374,7 +318,8 @@ def parse_args():
     flag("--ema", type=number(float, 0, 0.999999), default=0.0, help="decay of an average of the generator, for samples and FID (0: off)")
     flag("--flip", action="store_true", help="random horizontal flips")
     flag("--seed", type=number(int, 0, 2 ** 31), default=0, help="of everything random (0)")
-    flag("--device", help="cuda, mps or cpu (the first of them that is there)")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    flag("--device", default=device, help="cuda, mps or cpu (the first of them that is there)")
     flag("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast, losses in fp32 (auto: where the hardware has it)")
     flag("--compile", action="store_true", help="torch.compile the networks, as far as it applies")
     flag("--out", help=f"the run's folder (runs/{SCRIPT}-<size>); with --sample a .png for a grid, or a folder")
@@ -392,16 +337,13 @@ def parse_args():
     args.batch_size = args.batch_size or (64 if args.img_size < 512 else 32)
     if dist.is_torchelastic_launched() and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     args.out = args.out or (f"{args.sample}-seed{args.seed}.png" if args.sample else f"runs/{SCRIPT}-{args.img_size}")
     try:
         torch.zeros(1, device=args.device)
-        layer_widths(args.img_size, args.max_channels)
-    except ValueError as error:
-        stop(f"--max-channels {args.max_channels}: {error}")
     except Exception as error:
         stop(f"--device {args.device} is not to be had here ({str(error).splitlines()[0]}); try --device cpu")
-    out, held = Path(args.out), [name for name in RUN_FILES if Path(args.out, name).exists()]
+    out = Path(args.out)
+    held = [f for f in ("last.pt", "best.pt", "log.jsonl", "args.json", "real.png", "samples", "progress.gif") if (out / f).exists()]
     if args.sample and (out.is_file() or any(out.glob("*.png"))):
         stop(f"--out {out} is there already; name a new file or folder")
     if args.resume and "last.pt" not in held:
@@ -410,12 +352,9 @@ def parse_args():
         stop(f"--out {out} already holds {held[0]} of a run; go on with it by --resume, or name another folder")
     return args
 
-
 if __name__ == "__main__":
     options = parse_args()
     try:
         sample(options) if options.sample else train(options)
-    except OSError as error:  # say a full disk
-        stop(f"{options.out}: {error}")
-    except KeyboardInterrupt:
-        stop("interrupted")
+    except (OSError, KeyboardInterrupt) as error:  # say a full disk, or Ctrl-C while images are prepared
+        stop(str(error) or "interrupted")
