@@ -66,17 +66,21 @@ class Generator(nn.Module):
         return torch.tanh(self.layers(x).float())
 
 class Discriminator(nn.Module):
-    """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32; sn=False: batch norm instead."""
+    """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32.
+
+    sn: spectral normalisation and biases as Miyato et al. have them (without any, T(a x) = a T(x), and a faint image would
+    score near 0 whatever it shows); otherwise batch norm and no biases, as in GAN-QP.
+    """
 
     def __init__(self, img_size, max_channels=None, sn=True):
         super().__init__()
         widths, layers = layer_widths(img_size, max_channels), []
         for before, width in zip([3, *widths], widths):
-            layers.append(nn.Conv2d(before, width, 5, stride=2, padding=2, bias=False))
+            layers.append(nn.Conv2d(before, width, 5, stride=2, padding=2, bias=sn))
             if not sn and len(layers) > 1:  # on all but the first
                 layers.append(nn.BatchNorm2d(width, eps=1e-3, momentum=0.01))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
-        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1, bias=False)
+        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1, bias=sn)
         self.apply(glorot)
         for layer in [*layers[::2], self.linear] if sn else ():
             spectral_norm(layer)
@@ -182,7 +186,7 @@ def train(args):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=not args.no_sn)
-    fixed_z = torch.randn(81, args.z_dim).to(device)
+    fixed_z = torch.randn(max(81, args.fid_samples), args.z_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
     if device.type == "cuda" and world > 1:
         G, D = map(nn.SyncBatchNorm.convert_sync_batchnorm, (G, D))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
@@ -211,8 +215,8 @@ def train(args):
                    "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}
         (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))  # cut back to the checkpoint
-    history, marked, mark, began = [], it, time.perf_counter(), time.perf_counter() - (log[-1]["sec"] if log else 0)
-    stopping = []
+    history, stopping, marked, mark = [], [], it, time.perf_counter()
+    began = mark - (log[-1]["sec"] if log else 0)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: stopping.append(kind))
 
@@ -253,8 +257,8 @@ def train(args):
         record = {"iter": it, **dict(zip(("d_loss", "g_loss", "divergence", "lipschitz"), rows[-1])),
                   "img_per_sec": round(args.d_steps * args.batch_size / pace, 1), "sec": round(time.perf_counter() - began, 2)}
         if "fid" in due:
-            noise = torch.randn(args.fid_samples, args.z_dim, generator=torch.Generator().manual_seed(0)).to(device)
-            record["fid"] = frechet_distance(*drawn_stats(lambda part: generate(shown, noise[part]), args.fid_samples, inception), *real_stats)
+            fake_stats = drawn_stats(lambda part: generate(shown, fixed_z[part]), args.fid_samples, inception)
+            record["fid"] = frechet_distance(*fake_stats, *real_stats)
         if rank == 0 and (leave or due & {"log", "fid"}):
             log.append(record)
             with open(out / "log.jsonl", "a") as file:
@@ -263,7 +267,7 @@ def train(args):
             line += f"  left {timedelta(seconds=round((args.iters - it) * pace))}"
             print(f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
         if rank == 0 and "sample" in due:
-            save_grid(generate(shown, fixed_z), out / "samples" / f"{it:06d}.png", 9)
+            save_grid(generate(shown, fixed_z[:81]), out / "samples" / f"{it:06d}.png", 9)
         if rank == 0 and "fid" in due and record["fid"] == min(row["fid"] for row in log if "fid" in row):
             save("best.pt")
         if rank == 0 and (leave or "save" in due):
@@ -272,8 +276,7 @@ def train(args):
             break
         marked, mark = it, time.perf_counter()
     if rank == 0 and it < args.iters:
-        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        print(f"\nstopped and saved at iteration {it}; go on with: {command}")
+        print(f"\nstopped and saved at iteration {it}; go on with:", shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)]))
     elif rank == 0:
         save_gif(out / "samples", out / "progress.gif")
         print(f"\ndone: pictures in {out / 'samples'} and {out / 'progress.gif'}, weights in {out / 'last.pt'}")

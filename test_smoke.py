@@ -572,9 +572,9 @@ def test_preparation_killed_and_twice_at_once(tmp_path):
 
 
 RANKS = """
-import glob, runpy, sys, torch, torch.distributed as dist
+import glob, runpy, sys, numpy as np, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
-import {script} as module
+import fid, {script} as module
 end = dist.destroy_process_group
 def compare():  # just before the end: are the weights of both processes the same?
     import gc
@@ -590,6 +590,10 @@ def compare():  # just before the end: are the weights of both processes the sam
     part = x.chunk(2)[dist.get_rank()]
     module.update(torch.optim.SGD(D.parameters(), 0.1), D(part).square().mean())
     assert torch.allclose(first.grad, whole, rtol=1e-4, atol=1e-6)
+    drawn = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)  # and the shared statistics those of all images?
+    mean, cov = fid.drawn_stats(lambda part: drawn[part], 10, lambda images: images.flatten(1)[:, :2048], batch_size=3)
+    features = drawn.flatten(1)[:, :2048].double()
+    assert np.allclose(mean, features.mean(0)) and np.allclose(cov, np.cov(features, rowvar=False))
     print("ranks agree", flush=True)
     end()  # a thread that outlives it can abort the process at its exit
     assert not [task for task in glob.glob("/proc/self/task/*/comm") if "gloo" in open(task).read()]

@@ -74,8 +74,7 @@ class Discriminator(nn.Module):
         super().__init__()
         widths, layers = layer_widths(img_size, max_channels), []
         for before, width in zip([3, *widths], widths):
-            layers.append(nn.Conv2d(before, width, 5, stride=2, padding=2, bias=False))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
+            layers += [nn.Conv2d(before, width, 5, stride=2, padding=2, bias=False), nn.LeakyReLU(0.2, inplace=True)]
         self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1, bias=False)
         self.apply(glorot)
         for layer in [*layers[::2], self.linear] if constraint == "sn" else ():
@@ -203,7 +202,7 @@ def train(args):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, args.constraint)
-    fixed_z = torch.randn(81, args.z_dim).to(device)
+    fixed_z = torch.randn(max(81, args.fid_samples), args.z_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
     if device.type == "cuda" and world > 1:
         G, D = map(nn.SyncBatchNorm.convert_sync_batchnorm, (G, D))
     G, D = (net.to(device, memory_format=torch.channels_last) for net in (G, D))
@@ -232,8 +231,8 @@ def train(args):
                    "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}
         (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
         (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))  # cut back to the checkpoint
-    history, marked, mark, began = [], it, time.perf_counter(), time.perf_counter() - (log[-1]["sec"] if log else 0)
-    stopping = []
+    history, stopping, marked, mark = [], [], it, time.perf_counter()
+    began = mark - (log[-1]["sec"] if log else 0)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: stopping.append(kind))
 
@@ -274,8 +273,8 @@ def train(args):
         record = {"iter": it, **dict(zip(("d_loss", "g_loss", "divergence", "lipschitz"), rows[-1])),
                   "img_per_sec": round(args.d_steps * args.batch_size / pace, 1), "sec": round(time.perf_counter() - began, 2)}
         if "fid" in due:
-            noise = torch.randn(args.fid_samples, args.z_dim, generator=torch.Generator().manual_seed(0)).to(device)
-            record["fid"] = frechet_distance(*drawn_stats(lambda part: generate(shown, noise[part]), args.fid_samples, inception), *real_stats)
+            fake_stats = drawn_stats(lambda part: generate(shown, fixed_z[part]), args.fid_samples, inception)
+            record["fid"] = frechet_distance(*fake_stats, *real_stats)
         if rank == 0 and (leave or due & {"log", "fid"}):
             log.append(record)
             with open(out / "log.jsonl", "a") as file:
@@ -284,7 +283,7 @@ def train(args):
             line += f"  left {timedelta(seconds=round((args.iters - it) * pace))}"
             print(f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
         if rank == 0 and "sample" in due:
-            save_grid(generate(shown, fixed_z), out / "samples" / f"{it:06d}.png", 9)
+            save_grid(generate(shown, fixed_z[:81]), out / "samples" / f"{it:06d}.png", 9)
         if rank == 0 and "fid" in due and record["fid"] == min(row["fid"] for row in log if "fid" in row):
             save("best.pt")
         if rank == 0 and (leave or "save" in due):
@@ -293,8 +292,7 @@ def train(args):
             break
         marked, mark = it, time.perf_counter()
     if rank == 0 and it < args.iters:
-        command = shlex.join(["python", *(word for word in sys.argv if word != "--resume"), "--resume"])
-        print(f"\nstopped and saved at iteration {it}; go on with: {command}")
+        print(f"\nstopped and saved at iteration {it}; go on with:", shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)]))
     elif rank == 0:
         save_gif(out / "samples", out / "progress.gif")
         print(f"\ndone: pictures in {out / 'samples'} and {out / 'progress.gif'}, weights in {out / 'last.pt'}")
