@@ -68,8 +68,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32.
 
-    sn: spectral normalisation and biases as Miyato et al. have them (without any, T(a x) = a T(x), and a faint image would
-    score near 0 whatever it shows); otherwise batch norm and no biases, as in GAN-QP.
+    sn: biases in place of batch norm (without either, T(a x) = a T(x): a faint image scores near 0 whatever it shows).
     """
 
     def __init__(self, img_size, max_channels=None, sn=True):

@@ -1,5 +1,5 @@
 """All tests: python -m pytest (no network and no GPU needed; what needs CUDA is skipped without it)."""
-import ast, json, math, os, re, runpy, shutil, signal, subprocess, sys, time, zipfile
+import ast, json, math, os, re, runpy, shutil, signal, socket, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -607,7 +607,10 @@ runpy.run_path({path!r}, run_name="__main__")
 def test_two_processes(script, cache, tmp_path):
     plain = {"gan_qp": "Discriminator(16, 8).eval()", "wgan_gp": "Discriminator(16, 8)", "sgan_sn": "Discriminator(16, 8).eval()"}[script]
     (tmp_path / "ranks.py").write_text(RANKS.format(here=str(HERE), script=script, plain=plain, path=str(HERE / f"{script}.py")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 1000 + SCRIPTS.index(script)),
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
               str(tmp_path / "ranks.py"), *TINY, "--cache-dir", str(cache), "--iters", "3", "--out", str(tmp_path / "run")]
     done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("ranks agree") == 2, done.stdout + done.stderr
@@ -795,5 +798,5 @@ def test_downloads_without_a_network(monkeypatch, tmp_path):
 
 def test_readme_snippet():
     """The loss as the README says to copy it."""
-    for snippet in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S):
-        exec(snippet, {})
+    snippet, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    exec(snippet, {})

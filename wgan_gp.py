@@ -68,14 +68,14 @@ class Generator(nn.Module):
         return torch.tanh(self.layers(x).float())
 
 class Discriminator(nn.Module):
-    """The critic, without batch norm: images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32."""
+    """The critic, biases in place of batch norm: images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,), float32."""
 
     def __init__(self, img_size, max_channels=None, constraint="gp"):
         super().__init__()
         widths, layers = layer_widths(img_size, max_channels), []
         for before, width in zip([3, *widths], widths):
-            layers += [nn.Conv2d(before, width, 5, stride=2, padding=2, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1, bias=False)
+            layers += [nn.Conv2d(before, width, 5, stride=2, padding=2), nn.LeakyReLU(0.2, inplace=True)]
+        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(16 * widths[-1], 1)
         self.apply(glorot)
         for layer in [*layers[::2], self.linear] if constraint == "sn" else ():
             spectral_norm(layer)
