@@ -313,9 +313,8 @@ class Batches:
             batch = torch.from_numpy(self.images[self._indices(k)]).to(self.device)
         batch = batch.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.flip:
-            flips = np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local] < 0.5
-            flips = torch.from_numpy(flips).to(self.device, non_blocking=True)
-            batch = torch.where(flips[:, None, None, None], batch.flip(-1), batch)
+            flips = torch.from_numpy(np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local] < 0.5)
+            batch = torch.where(flips.to(self.device, non_blocking=True)[:, None, None, None], batch.flip(-1), batch)
         return batch
 
 def save_grid(images, path, columns):

@@ -23,8 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-DIM = 2048
-RELIABLE = 2048  # with fewer images than dimensions the covariance is singular and the FID mostly bias
+DIM = 2048  # of the features
 
 # ---------------------------------------------------------------- the distance
 
@@ -193,9 +192,8 @@ def _measure_batch(batch, inception, stats, clean=False):
 
 def _open_images(path):
     """A folder or zip -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
-    def wanted(name):
-        hidden = any(p.startswith(".") and p != ".." or p == "__MACOSX" for p in name.split("/"))
-        return name.lower().endswith(EXTENSIONS) and not hidden
+    def hidden(name):
+        return any(p.startswith(".") and p != ".." or p == "__MACOSX" for p in name.split("/"))
     if path.is_dir():
         names = [os.path.relpath(os.path.join(folder, f), path) for folder, _, files in os.walk(path, followlinks=True) for f in files]
         fetch = lambda name: path / name
@@ -206,7 +204,7 @@ def _open_images(path):
     def read(name):
         with Image.open(fetch(name)) as image:
             return np.asarray(image.convert("RGB"))
-    return sorted(filter(wanted, names)), read
+    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not hidden(name)), read
 
 def measure(path, inception, clean=False, batch_size=50):
     """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), number of unreadable images).
@@ -272,11 +270,10 @@ def main():
     except Exception as error:
         parser.error(f"--device {args.device} is not to be had here ({_line(error)}); try --device cpu")
     try:
-        for path in args.sets:
-            if not Path(path).exists():
-                raise ValueError(f"{path} does not exist")
+        if missing := [path for path in args.sets if not Path(path).exists()]:
+            raise ValueError(f"{missing[0]} does not exist; name a folder, .zip, .npy or .npz")
         inception = None if all(p.endswith(".npz") for p in args.sets) else load_inception(args.weights, args.device)
-        results, sizes, counts, skipped = [], set(), [], []
+        results, sizes, report = [], set(), {"images": [], "skipped": []}
         for path in args.sets:
             if path.endswith(".npz"):
                 with np.load(path) as file:
@@ -285,10 +282,10 @@ def main():
             stats, found, bad = measure(path, inception, args.clean, args.batch_size)
             results.append((stats.mean, stats.cov))
             sizes |= found
-            counts.append(stats.n)
-            skipped.append(bad)
-            if stats.n < RELIABLE:
-                print(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {RELIABLE:,} is not reliable", file=sys.stderr)
+            report["images"].append(stats.n)
+            report["skipped"].append(bad)
+            if stats.n < DIM:  # the covariance is singular and the FID mostly bias
+                print(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {DIM:,} is not reliable", file=sys.stderr)
         if len(sizes) > 1:
             print(f"warning: the images differ in size {sorted(sizes)[:4]}; resizing weighs on the FID", file=sys.stderr)
         if args.save_stats:
@@ -296,7 +293,7 @@ def main():
         value = frechet_distance(*results[0], *results[1])
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         parser.error(_line(error))
-    print(json.dumps({"clean_fid" if args.clean else "fid": value, "images": counts, "skipped": skipped}) if args.json else f"{value:.6f}")
+    print(json.dumps({"clean_fid" if args.clean else "fid": value, **report}) if args.json else f"{value:.6f}")
 
 if __name__ == "__main__":
     main()
