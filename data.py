@@ -6,9 +6,9 @@
 
 Every image is decoded, centre-cropped and resized once; training then reads nothing but the array.
 """
-import argparse, contextlib, fcntl, functools, hashlib, inspect, io, json, math, multiprocessing
-import os, random, signal, sys, threading, time, warnings, zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import argparse, contextlib, fcntl, functools, hashlib, inspect, io, itertools, json, multiprocessing, os, random, sys, threading, time
+import warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 CACHE_DIR = "~/.cache/gan-qp"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-VERSION = 1  # raise it when the same source would give other pixels: caches are then made anew
+VERSION = 2  # raise it when the same source would give other pixels: caches are then made anew
 
 # ---------------------------------------------------------------- files
 
@@ -75,69 +75,48 @@ def decode(file, size):
 def draw_face(index, size):
     """Face number `index` of the synthetic crowd, a PIL image of (size, size): the same bytes on every run."""
     rng = random.Random(index)
-    between, chance, pick = rng.uniform, lambda p: rng.random() < p, rng.choice
-    canvas = size * (4 if size <= 128 else 2)  # drawn larger and scaled down: antialiasing
-
-    def tint(color, factor):
+    between, canvas = rng.uniform, size * (4 if size <= 128 else 2)  # drawn larger and scaled down: antialiasing
+    def shade(color, factor):
         return tuple(min(255, int(c * factor)) for c in color)
-    def polygon(color, *points):
-        draw.polygon([(canvas * x, canvas * y) for x, y in points], fill=color)
-    def oval(color, x, y, rx, ry, start=0, end=360):  # or the part of it that a chord cuts off
-        angles = [math.radians(start + (end - start) * i / 60) for i in range(61)]
-        polygon(color, *((x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles))
-    def arc(color, width, x, y, rx, ry, start=0, end=360):
-        draw.arc([canvas * v for v in (x - rx, y - ry, x + rx, y + ry)], start, end, color, max(1, int(width * canvas)))
-
-    wall = tint(pick([(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (85, 95, 115)]), between(0.8, 1.15))
-    skin = tint(pick([(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50), (96, 60, 40)]), between(0.9, 1.05))
-    hair = tint(pick([(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30), (170, 170, 170)]), between(0.8, 1.2))
-    iris, shirt = pick([(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)]), tuple(rng.randrange(30, 220) for _ in range(3))
-    style, glasses = pick(["short", "short", "long", "bob", "bald"]), chance(0.2)
-    x, y, rx, ry = 0.5 + between(-0.04, 0.04), 0.5 + between(-0.03, 0.03), between(0.21, 0.26), between(0.28, 0.33)
-    turned = x + between(-0.03, 0.03)  # the head looks left or right: brows, eyes, nose and mouth move
-
-    corners = (Image.new("RGB", (canvas, canvas), tint(wall, factor)) for factor in (between(0.6, 1.0), 1))
-    image = Image.composite(*corners, Image.linear_gradient("L").resize((canvas, canvas)))
+    wall = shade(rng.choice([(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (105, 115, 135)]), between(0.6, 1.1))
+    skin = shade(rng.choice([(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50), (96, 60, 40)]), between(0.9, 1.05))
+    hair = shade(rng.choice([(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30), (170, 170, 170)]), between(0.8, 1.2))
+    iris = rng.choice([(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)])
+    image = Image.new("RGB", (canvas, canvas), wall)
     draw = ImageDraw.Draw(image)
-    if style in ("long", "bob"):  # hair behind the head
-        low, side = y + (0.42 if style == "long" else 0.22), rx + 0.07
-        oval(hair, x, y - 0.05, side, ry + 0.05)
-        polygon(hair, (x - side, y - 0.05), (x + side, y - 0.05), (x + side, low), (x - side, low))
-    oval(shirt, x, 1.12, between(0.38, 0.48), 0.3)
-    polygon(tint(skin, 0.85), (x - 0.1, y + 0.15), (x + 0.1, y + 0.15), (x + 0.12, 0.88), (x, 0.95), (x - 0.12, 0.88))
+    def oval(color, x, y, rx, ry):
+        draw.ellipse([canvas * v for v in (x - rx, y - ry, x + rx, y + ry)], color)
+
+    x, y, rx, ry = 0.5 + between(-0.04, 0.04), 0.5 + between(-0.03, 0.03), between(0.21, 0.26), between(0.28, 0.33)
+    front = x + between(-0.03, 0.03)  # the head looks left or right: brows, eyes, nose and mouth move
+    style = rng.choice(["bald", "short", "short", "long", "longer"])
+    if "long" in style:  # hair behind the head
+        oval(hair, x, y - 0.05, rx + 0.07, ry + 0.05)
+        draw.rectangle([canvas * v for v in (x - rx - 0.07, y - 0.05, x + rx + 0.07, y + (0.22 if style == "long" else 0.42))], hair)
+    oval(tuple(rng.randrange(30, 220) for _ in range(3)), x, 1.12, between(0.38, 0.48), 0.3)
+    oval(shade(skin, 0.85), x, 0.8, 0.11, 0.15)
     for ear in (x - rx, x + rx):
-        oval(tint(skin, 0.9), ear, y + 0.02, 0.035, 0.06)
+        oval(shade(skin, 0.9), ear, y + 0.02, 0.035, 0.06)
     if style != "bald":
         oval(hair, x, y - 0.06, rx + 0.02, ry + 0.01)
     oval(skin, x, y, rx, ry)
-    if style in ("short", "bald") and chance(0.3):  # a beard
-        oval(hair, x, y, rx, ry, 15, 165)
-        oval(skin, x, y - 0.01, rx * 0.85, ry * 0.8)
     if style != "bald":  # the fringe
-        low = between(27, 40)
-        oval(hair, x, y - 0.01, rx + 0.01, ry + 0.02, 180 + low, 360 - low)
+        oval(hair, x, y - 0.85 * ry, rx * between(0.75, 0.95), ry * between(0.2, 0.4))
 
     apart, eye_y, lid = rx * between(0.4, 0.48), y - 0.03 + between(-0.02, 0.01), between(0.018, 0.028)
-    look, brow_y, brow = between(-0.01, 0.01), between(0.02, 0.04), between(0.012, 0.022)
-    for eye in (turned - apart, turned + apart):
+    look, brow_y, brow = between(-0.01, 0.01), eye_y - between(0.05, 0.07), between(0.008, 0.014)
+    for eye in (front - apart, front + apart):
+        oval(shade(skin, 0.5), eye, eye_y - 0.006, 0.05, lid + 0.002)
         oval((250, 250, 248), eye, eye_y, 0.045, lid)
         oval(iris, eye + look, eye_y, 0.02, min(0.02, lid))
         oval((10, 10, 10), eye + look, eye_y, 0.009, 0.009)
-        arc(tint(skin, 0.4), 0.008, eye, eye_y, 0.048, lid + 0.006, 190, 350)
-        arc(tint(hair, 0.7), brow, eye, eye_y - brow_y, 0.06, 0.035, 215, 325)
-        if glasses:
-            arc((25, 25, 30), 0.01, eye, eye_y, 0.07, 0.055)
-            arc((25, 25, 30), 0.01, turned, eye_y, 0.035, 0.02, 200, 340)
-    nose, nose_y, nose_w = 1.6 * turned - 0.6 * x, y + 0.09 + between(-0.01, 0.015), between(0.02, 0.035)
-    polygon(tint(skin, 0.9), (turned, eye_y), (nose + nose_w, nose_y), (nose - nose_w, nose_y))
-    arc(tint(skin, 0.65), 0.009, nose, nose_y - 0.005, nose_w, 0.016, 10, 170)
-    mouth_y, mouth_w = y + 0.17 + between(-0.01, 0.015), between(0.055, 0.085)
-    lips = tint((min(255, skin[0] + 40), *skin[1:]), 0.72)
-    if chance(0.4):  # laughing: teeth between the lips
-        oval(lips, turned, mouth_y, mouth_w, 0.045, 0, 180)
-        oval((250, 248, 245), turned, mouth_y, mouth_w * 0.8, 0.025, 0, 180)
-    else:
-        oval(lips, turned, mouth_y, mouth_w, between(0.012, 0.022))
+        oval(shade(hair, 0.7), eye, brow_y, 0.05, brow)
+    nose, nose_y, mouth, mouth_y = between(0.022, 0.035), y + between(0.08, 0.1), between(0.055, 0.085), y + between(0.16, 0.185)
+    oval(shade(skin, 0.9), 1.6 * front - 0.6 * x, (eye_y + nose_y) / 2, nose / 2, (nose_y - eye_y) / 2)
+    oval(shade(skin, 0.8), 1.6 * front - 0.6 * x, nose_y, nose, 0.012)
+    oval(shade((min(255, skin[0] + 40), *skin[1:]), 0.72), front, mouth_y, mouth, between(0.012, 0.022))
+    if rng.random() < 0.4:  # teeth
+        oval((250, 248, 245), front, mouth_y, mouth * 0.7, 0.009)
     return image.resize((size, size), Image.Resampling.BOX)
 
 # ---------------------------------------------------------------- sources
@@ -154,38 +133,35 @@ def _listing(path):
         return any(part[0:1] == "." and part != ".." or part == "__MACOSX" for part in name.split("/"))
     return sorted(f for f in files if f[0].lower().endswith(EXTENSIONS) and not hidden(f[0]))
 
-def _opener(path):
-    """A folder or .zip -> function of (name, size) that returns a square image."""
-    if path.is_dir():
-        return lambda name, size: decode(path / name, size)
-    archive = zipfile.ZipFile(path)
-    def read(name, size):
-        if archive.getinfo(name).file_size > 2 ** 28:
-            raise ValueError("over 256 MiB unpacked")
-        return decode(io.BytesIO(archive.read(name)), size)
-    return read
+@functools.cache
+def _archive(path, process):
+    return zipfile.ZipFile(path)
+
+def _unzip(path, name):
+    archive = _archive(path, os.getpid())  # opened by each process for itself: a shared one would have one shared position
+    if archive.getinfo(name).file_size > 2 ** 28:
+        raise ValueError("over 256 MiB unpacked")
+    return io.BytesIO(archive.read(name))
 
 def _torchvision(name, cache_dir):
     """-> the data set of that name, downloaded into the cache."""
     import torchvision
-    kind = getattr(torchvision.datasets, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
-        raise ValueError(f"torchvision has no data set {name!r}; try torchvision:CIFAR10")
     options = {"root": str(cache_dir / name), "download": True}
     try:
+        kind = getattr(torchvision.datasets, name)
         with locked(cache_dir):
             return kind(**{k: v for k, v in options.items() if k in inspect.signature(kind).parameters})
-    except Exception as error:  # no network, a manual download, arguments of its own
+    except Exception as error:  # no such name, no network, a manual download, arguments of its own
         raise ValueError(f"torchvision:{name} cannot be had ({error}); get its images yourself and name the folder") from error
 
 def _source(source, cache_dir):
-    """-> (names, identity, opener); opener() gives a function of (name, size) that returns a square image."""
+    """-> (names, identity, function of (name, size) that returns a square image)."""
     kind, _, rest = source.partition(":")
     if kind == "synthetic" and (source == kind or rest.isdigit() and int(rest)):
-        return range(int(rest or 10000)), source, lambda: draw_face
+        return range(int(rest or 10000)), source, draw_face
     if kind == "torchvision":
         dataset = _torchvision(rest, cache_dir)
-        return range(len(dataset)), source, lambda: lambda i, size: square(dataset[i][0], size)
+        return range(len(dataset)), source, lambda i, size: square(dataset[i][0], size)
     path = Path(source).expanduser().resolve()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
         raise ValueError(f"{source} is neither a folder, a .zip, torchvision:NAME, synthetic nor synthetic:N")
@@ -195,47 +171,41 @@ def _source(source, cache_dir):
         raise ValueError(f"{source} is not a whole zip archive: {error}") from error
     if not files:
         raise ValueError(f"{source} holds no images ({' '.join(EXTENSIONS)})")
-    return [name for name, *_ in files], [str(path), files], lambda: _opener(path)
+    fetch = path.joinpath if path.is_dir() else functools.partial(_unzip, path)
+    return [name for name, *_ in files], [str(path), files], lambda name, size: decode(fetch(name), size)
 
 # ---------------------------------------------------------------- preparation
 
-def _start_worker(opener):
-    """In each process: open the source anew (a shared archive would have one shared position)."""
-    global _read
-    _read = opener()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    end_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))  # which SIGKILL does not do
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-def _work(name, size):
-    try:
-        return _read(name, size).tobytes()
-    except Exception as error:  # Pillow raises nearly every kind of error for bad files
-        return f"{type(error).__name__}: {error}"
-
-def _prepare(names, opener, size, path, show):
+def _prepare(names, read, size, path):
     """Write all images into the array `path`, and into a .json beside it which were skipped, and why."""
-    skipped, count = [], 0
-    block = max(64, min(1024, 2 ** 28 // (3 * size * size)))  # so many images at a time are in memory
-    # fork: workers inherit the opener as it is and need not import torch again
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"), _start_worker, (opener,))
-    with pool, replacing(path) as file:
+    def attempt(part):  # in a worker: each name with its pixels, or else with the reason
+        for name in part:
+            try:
+                yield name, read(name, size).tobytes()
+            except Exception as error:  # Pillow raises nearly every kind of error for bad files
+                yield name, f"{type(error).__name__}: {error}"
+    def end_with_parent(_):  # though it be killed: a worker whose results nobody takes would wait, and hold the lock, for ever
+        threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    workers = torch.utils.data.DataLoader(
+        names, 8, collate_fn=lambda part: list(attempt(part)), num_workers=os.cpu_count(), multiprocessing_context="fork",
+        worker_init_fn=end_with_parent, generator=torch.Generator())
+    done, skipped = 0, []
+    with replacing(path) as file:
         def header(n):  # numpy leaves room for the count, so that a second one is as long
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)})
         header(len(names))
-        for start in range(0, len(names), block):
-            part = names[start:start + block]
-            for name, result in zip(part, pool.map(_work, part, [size] * len(part), chunksize=8)):
-                if isinstance(result, bytes):
-                    count += bool(file.write(result))
-                else:
-                    skipped.append((str(name), result))
-            if show:
-                print(f"\rpreparing {start + len(part):,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
-        if not count:
-            raise ValueError(f"no readable image; {skipped[0][0]!a}: {skipped[0][1]}")
-        header(count)
+        for name, pixels in itertools.chain.from_iterable(workers):
+            done += 1
+            if isinstance(pixels, bytes):
+                file.write(pixels)
+            else:
+                skipped.append((str(name), pixels))
+            if sys.stderr.isatty() and done % 64 == 0:
+                print(f"\rpreparing {done:,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
+        if done == len(skipped):
+            raise ValueError(f"no readable image among {done:,}; the first, {skipped[0][0]!a}: {skipped[0][1]}")
+        header(done - len(skipped))
         path.with_suffix(".json").write_text(json.dumps(skipped))
 
 def load_images(source, img_size, cache_dir=None, quiet=False):
@@ -246,7 +216,7 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
     line that says what is wrong with the source, OSError where the cache cannot be written.
     """
     cache_dir, source, began = Path(cache_dir or CACHE_DIR).expanduser(), str(source), time.perf_counter()
-    names, identity, opener = _source(source, cache_dir)
+    names, identity, read = _source(source, cache_dir)
     digest = hashlib.sha256(json.dumps([VERSION, identity, img_size]).encode()).hexdigest()[:16]
     stem = "".join(c if c.isascii() and c.isalnum() else "-" for c in Path(source).stem)[:40]
     path = cache_dir / f"{stem}-{img_size}-{digest}.npy"
@@ -255,15 +225,11 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
             for dead in cache_dir.glob("*.npy.tmp"):  # of a process that was killed: nobody else holds the lock
                 dead.unlink()
             if not path.exists():
-                try:
-                    _prepare(names, opener, img_size, path, show=sys.stderr.isatty())
-                except ValueError as error:
-                    raise ValueError(f"{source}: {error}") from None
+                _prepare(names, read, img_size, path)
     images, skipped = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text())
     if not quiet:
-        print(f"{source}: {len(images):,} images at {img_size}x{img_size}"
-              + (f", prepared in {time.perf_counter() - began:.1f} s" if fresh else "")
-              + (f"; {len(skipped):,} skipped:" if skipped else ""), file=sys.stderr)
+        spent = f"prepared in {time.perf_counter() - began:.1f} s" if fresh else "prepared before"
+        print(f"{source}: {len(images):,} images at {img_size}x{img_size}, {len(skipped):,} skipped, {spent}", file=sys.stderr)
         for name, reason in skipped[:5]:
             print(f"  {name!a}: {reason}", file=sys.stderr)
     return images
@@ -350,8 +316,8 @@ def main():
         preview = Path(images.filename).with_suffix(".png")
         shown = images[np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)]
         save_grid(torch.from_numpy(shown).permute(0, 3, 1, 2), preview, 8)
-    except (ValueError, OSError) as error:
-        parser.error(error)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        parser.error(str(error) or "interrupted")
     print(f"array   {images.filename}\npreview {preview}")
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_sources_that_do_not_work(tmp_path, cli):
         locked = locked[:at] + b"\1" + locked[at + 1:]
     (tmp_path / "locked.zip").write_bytes(locked)
     for source, word in ((tmp_path / "none", "neither"), (tmp_path / "torn.zip", "zip"), (tmp_path / "empty", "no images"),
-                         (tmp_path / "bad", "no readable image"), (tmp_path / "locked.zip", "encrypted"), ("torchvision:Nothing", "no data set"), ("synthetic:0", "neither")):
+                         (tmp_path / "bad", "no readable image"), (tmp_path / "locked.zip", "encrypted"), ("torchvision:Nothing", "torchvision:Nothing"), ("synthetic:0", "neither")):
         refused(cli("data", source, "--img-size", 16), word)
         refused(cli("gan_qp", *TINY, "--data", source, "--out", tmp_path / "run"), word)
     assert not (tmp_path / "run").exists()
@@ -560,13 +560,13 @@ def test_disk_full(cache, tmp_path):
 def test_preparation_killed_and_twice_at_once(tmp_path):
     flags = ["synthetic:600", "--img-size", 64, "--cache-dir", tmp_path]
     process = command("data", *flags)
-    while not list(tmp_path.glob("*.tmp")):
+    while not any(file.stat().st_size > 10 ** 6 for file in tmp_path.glob("*.tmp")):  # the workers are busy
         time.sleep(0.01)
         assert process.poll() is None
     process.kill()
     process.wait()
     assert not list(tmp_path.glob("*.npy"))
-    both = [command("data", *flags) for _ in range(2)]
+    both = [command("data", *flags) for _ in range(2)]  # would wait for ever if a worker lived on
     assert [process.wait() for process in both] == [0, 0], [process.stdout.read() for process in both]
     assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
 
