@@ -136,14 +136,11 @@ def load_inception(weights=None, device="cpu"):
             state = torch.load(weights, map_location="cpu", weights_only=True)
         else:
             state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+        inception = Inception(state)
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise ValueError(f"the Inception weights could not be downloaded ({error}); {hint}") from error
-    except Exception as error:  # no such file, torn, not weights, or a pickle that is more than weights
-        raise ValueError(f"{weights or 'the download'} is not a file of Inception weights ({_line(error)}); {hint}") from error
-    try:
-        inception = Inception(state)
-    except Exception as error:
-        raise ValueError(f"{weights} does not fit the Inception network ({_line(error)}); {hint}") from error
+    except Exception as error:  # no such file, torn, not weights or others, or a pickle that is more than weights
+        raise ValueError(f"{weights or 'the download'} does not fit the Inception network ({_line(error)}); {hint}") from error
     return inception.to(device)
 
 def _line(error):
@@ -151,13 +148,67 @@ def _line(error):
 
 # ---------------------------------------------------------------- sets of images
 
-def array_stats(images, inception, batch_size=50):
+def _open_images(path):
+    """A folder, .zip or .npy -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
+    def hidden(name):
+        return any(p.startswith(".") and p != ".." or p == "__MACOSX" for p in name.split("/"))
+    if path.suffix == ".npy":
+        images = np.load(path, mmap_mode="r")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
+        return range(len(images)), images.__getitem__
+    if path.is_dir():
+        names = [os.path.relpath(os.path.join(folder, f), path) for folder, _, files in os.walk(path, followlinks=True) for f in files]
+        fetch = path.joinpath
+    elif path.suffix.lower() == ".zip" and path.is_file():
+        archive = zipfile.ZipFile(path)
+        names, fetch = archive.namelist(), lambda name: io.BytesIO(archive.read(name))
+    else:
+        raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
+    def read(name):
+        with Image.open(fetch(name)) as image:
+            return np.asarray(image.convert("RGB"))
+    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not hidden(name)), read
+
+def measure(path, inception, clean=False, batch_size=50):
+    """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), number of unreadable images).
+
+    Shows its progress on standard error. Raises ValueError where there is nothing to measure.
+    """
+    path, stats, sizes, skipped, began = Path(path), FeatureStats(), set(), [], time.perf_counter()
+    names, read = _open_images(path)
+    def attempt(name):
+        try:
+            return read(name)
+        except Exception as error:  # Pillow raises nearly every kind of error for bad files
+            skipped.append((name, _line(error)))
+    def report(end=""):
+        print(f"\r{path.name}: {stats.n:,}/{len(names):,} images, {stats.n / (time.perf_counter() - began):.1f} img/s",
+              end=end, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = pool.map(attempt, names[:batch_size])
+        for i in range(batch_size, len(names) + batch_size, batch_size):
+            batch = [image for image in ahead if image is not None]
+            ahead = pool.map(attempt, names[i:i + batch_size])  # decoded while this batch is measured
+            for size, same in itertools.groupby(batch, key=lambda image: image.shape[:2]):  # a tensor cannot mix sizes
+                images = torch.from_numpy(np.stack(list(same))).to(next(inception.parameters()).device)
+                stats.update(inception(images.permute(0, 3, 1, 2), clean))
+                sizes.add(size)
+            if sys.stderr.isatty():
+                report()
+    report("\n")
+    for name, reason in skipped[:5]:
+        print(f"  skipped {name!a}: {reason}", file=sys.stderr)
+    if stats.n < 2:
+        raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
+    return stats, sizes, len(skipped)
+
+def array_stats(images, inception):
     """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it, for these weights, and found there later."""
-    cache, stats = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz"), FeatureStats()
+    cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
     if not cache.exists():
-        for i in range(0, len(images), batch_size):
-            _measure_batch(images[i:i + batch_size], inception, stats)
-        save_stats(stats, cache)
+        save_stats(measure(images.filename, inception)[0], cache)
     with np.load(cache) as file:
         return file["mu"], file["sigma"]
 
@@ -183,70 +234,6 @@ def save_stats(stats, path):
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
-
-def _measure_batch(batch, inception, stats, clean=False):
-    """Add the features of some uint8 (H, W, 3) arrays to `stats`."""
-    for _, same in itertools.groupby(batch, key=np.shape):  # a folder may mix sizes, a tensor cannot
-        images = torch.from_numpy(np.stack(list(same))).to(next(inception.parameters()).device)
-        stats.update(inception(images.permute(0, 3, 1, 2), clean))
-
-def _open_images(path):
-    """A folder or zip -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
-    def hidden(name):
-        return any(p.startswith(".") and p != ".." or p == "__MACOSX" for p in name.split("/"))
-    if path.is_dir():
-        names = [os.path.relpath(os.path.join(folder, f), path) for folder, _, files in os.walk(path, followlinks=True) for f in files]
-        fetch = lambda name: path / name
-    else:
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        fetch = lambda name: io.BytesIO(archive.read(name))
-    def read(name):
-        with Image.open(fetch(name)) as image:
-            return np.asarray(image.convert("RGB"))
-    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not hidden(name)), read
-
-def measure(path, inception, clean=False, batch_size=50):
-    """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), number of unreadable images).
-
-    Shows its progress on standard error. Raises ValueError where there is nothing to measure.
-    """
-    path, stats, sizes, skipped, began = Path(path), FeatureStats(), set(), [], time.perf_counter()
-    if path.suffix == ".npy":
-        images = np.load(path, mmap_mode="r")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
-        names, read = range(len(images)), lambda i: images[i]
-    elif path.is_dir() or path.suffix.lower() == ".zip" and path.is_file():
-        names, read = _open_images(path)
-    else:
-        raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
-
-    def attempt(name):
-        try:
-            return read(name)
-        except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            skipped.append((name, _line(error)))
-
-    def report(end):
-        print(f"\r{path.name}: {stats.n:,}/{len(names):,} images, {stats.n / (time.perf_counter() - began):.1f} img/s",
-              end=end, file=sys.stderr, flush=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead = pool.map(attempt, names[:batch_size])
-        for i in range(batch_size, len(names) + batch_size, batch_size):
-            batch = [image for image in ahead if image is not None]
-            ahead = pool.map(attempt, names[i:i + batch_size])  # decoded while this batch is measured
-            sizes.update(image.shape[:2] for image in batch)
-            _measure_batch(batch, inception, stats, clean)
-            if sys.stderr.isatty():
-                report("")
-    report("\n")
-    for name, reason in skipped[:5]:
-        print(f"  skipped {name!a}: {reason}", file=sys.stderr)
-    if stats.n < 2:
-        raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
-    return stats, sizes, len(skipped)
 
 def main():
     parser = argparse.ArgumentParser(description="Frechet Inception Distance between two sets of images.")
