@@ -41,13 +41,11 @@ def layer_widths(img_size, max_channels=None):
 def glorot(module):
     """Glorot uniform weights and zero biases: Keras' defaults, which the paper trained with."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for p in module.parameters():
+            nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
 
 class Generator(nn.Module):
     """Standard normal noise (B, z_dim) -> images (B, 3, img_size, img_size) in [-1, 1], float32."""
-
     def __init__(self, img_size, z_dim=128, max_channels=None):
         super().__init__()
         widths = layer_widths(img_size, max_channels)[::-1]
@@ -67,7 +65,6 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Images (B, 3, img_size, img_size) in [-1, 1], with pairwise=True two such -> raw scores (B,), float32."""
-
     def __init__(self, img_size, max_channels=None, pairwise=False):
         super().__init__()
         widths, layers = layer_widths(img_size, max_channels), []
@@ -283,8 +280,7 @@ def train(args):
 
 def slerp(a, b, steps):
     """Spherical interpolation from noise a to noise b, each (N, z_dim) -> (N * steps, z_dim)."""
-    angle = F.cosine_similarity(a, b).acos()[:, None, None]
-    t = torch.linspace(0, 1, steps)[:, None]
+    angle, t = F.cosine_similarity(a, b).acos()[:, None, None], torch.linspace(0, 1, steps)[:, None]
     return ((torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)).flatten(0, 1)
 
 def sample(args):
@@ -328,9 +324,8 @@ def parse_args():
     flag("--compile", action="store_true", help="torch.compile the networks, as far as it applies")
     flag("--out", help=f"the run's folder (runs/{SCRIPT}-<size>); with --sample a .png for a grid, or a folder")
     flag("--resume", action="store_true", help="go on from last.pt in --out")
-    for what, every in (("log", 50), ("sample", 500), ("save", 1000)):
-        flag(f"--{what}-every", type=count, default=every, help=f"iterations ({every})")
-    flag("--fid-every", type=number(int, 0, 10 ** 9), default=0, help="iterations (0: never)")
+    for what, every in (("log", 50), ("sample", 500), ("save", 1000), ("fid", 0)):
+        flag(f"--{what}-every", type=number(int, min(every, 1), 10 ** 9), default=every, help=f"iterations ({every or '0: never'})")
     flag("--fid-samples", type=number(int, 2, 10 ** 7), default=10000, help="generated images for the FID (10000)")
     flag("--fid-weights", help="file of Inception weights (the published ones, downloaded once)")
     flag("--cache-dir", default=CACHE_DIR, help=f"for prepared data and statistics ({CACHE_DIR})")

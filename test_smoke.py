@@ -257,7 +257,7 @@ def test_scores_in_full_precision_under_autocast():
 
 def test_shared_code_is_the_same():
     """Outside the divergence the three scripts agree to the letter."""
-    own = {"Discriminator", "qp_divergence", "input_gradient_norm", "gradient_penalty",
+    own = {"LeakyReLU", "Discriminator", "qp_divergence", "input_gradient_norm", "gradient_penalty",
            "divergence_penalty", "clip_weights", "js_divergence", "discriminator_loss", "generator_loss"}
     own_lines = re.compile(r'    D = |    reals = |    flag\("--(d-steps|lr|betas|metric|lam|power|pairwise|constraint|gp-weight|no-sn)"|'
                            r'from torch\.nn\.utils\.parametriz')
