@@ -1,5 +1,5 @@
 """All tests: python -m pytest (no network and no GPU needed; what needs CUDA is skipped without it)."""
-import ast, json, math, os, re, runpy, shutil, signal, socket, subprocess, sys, time, zipfile
+import ast, copy, json, math, os, re, runpy, shutil, signal, socket, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +147,17 @@ def test_gradient_penalty():
     for penalty in (wgan_gp.gradient_penalty(D, x, y), wgan_gp.divergence_penalty(D, x, y)):
         gradient, = torch.autograd.grad(penalty, linear.weight)
         assert penalty.isfinite() and gradient.isfinite().all()
+
+
+def test_gradients_of_gradients_are_those_of_pytorchs_leaky_relu():
+    torch.manual_seed(0)
+    D, x, y = wgan_gp.Discriminator(32, 32), torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    peer = copy.deepcopy(D)
+    peer.layers = nn.Sequential(*(nn.LeakyReLU(0.2) if isinstance(m, wgan_gp.LeakyReLU) else m for m in peer.layers))
+    for net in (D, peer):
+        torch.manual_seed(1)
+        (wgan_gp.gradient_penalty(net, x, y) + net(x).mean()).backward()
+    assert all(torch.equal(p.grad, q.grad) and p.grad.any() for p, q in zip(D.parameters(), peer.parameters()))
 
 
 def test_spectral_norm_and_clipping():
