@@ -6,8 +6,8 @@
 
 Every image is decoded, centre-cropped and resized once; training then reads nothing but the array.
 """
-import argparse, contextlib, fcntl, functools, hashlib, inspect, io, itertools, json, multiprocessing, os, random, sys, threading, time
-import warnings, zipfile
+import argparse, contextlib, fcntl, functools, glob, hashlib, inspect, io, itertools, json, multiprocessing, os, random, re, sys
+import threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,16 +17,13 @@ from PIL import Image, ImageDraw, ImageOps
 
 CACHE_DIR = "~/.cache/gan-qp"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-VERSION = 2  # raise it when the same source would give other pixels: caches are then made anew
+VERSION = 3  # raise it when the same source would give other pixels: caches are then made anew
 
 # ---------------------------------------------------------------- files
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write into: beside `path`, then flushed and renamed, so that `path` is whole at any time, old or new.
-
-    Raises OSError in one line where that fails.
-    """
+    """A binary file to write into, renamed to `path` once it is whole. Raises OSError, in one line, where that fails."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -83,76 +80,46 @@ def draw_face(index, size):
     hair = shade(rng.choice([(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30), (170, 170, 170)]), between(0.8, 1.2))
     iris = rng.choice([(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)])
     image = Image.new("RGB", (canvas, canvas), wall)
-    draw = ImageDraw.Draw(image)
     def oval(color, x, y, rx, ry):
-        draw.ellipse([canvas * v for v in (x - rx, y - ry, x + rx, y + ry)], color)
+        ImageDraw.Draw(image).ellipse([canvas * v for v in (x - rx, y - ry, x + rx, y + ry)], color)
 
     x, y, rx, ry = 0.5 + between(-0.04, 0.04), 0.5 + between(-0.03, 0.03), between(0.21, 0.26), between(0.28, 0.33)
-    front = x + between(-0.03, 0.03)  # the head looks left or right: brows, eyes, nose and mouth move
-    style = rng.choice(["bald", "short", "short", "long", "longer"])
-    if "long" in style:  # hair behind the head
-        oval(hair, x, y - 0.05, rx + 0.07, ry + 0.05)
-        draw.rectangle([canvas * v for v in (x - rx - 0.07, y - 0.05, x + rx + 0.07, y + (0.22 if style == "long" else 0.42))], hair)
-    oval(tuple(rng.randrange(30, 220) for _ in range(3)), x, 1.12, between(0.38, 0.48), 0.3)
+    front, length = x + between(-0.03, 0.03), rng.choice([0, 0.02, 0.02, 0.2, 0.4])  # where the face looks; of the hair
+    if length:
+        oval(hair, x, y - 0.06 + length / 2, rx + 0.02 + length / 8, ry + 0.01 + length / 2)
     oval(shade(skin, 0.85), x, 0.8, 0.11, 0.15)
-    for ear in (x - rx, x + rx):
-        oval(shade(skin, 0.9), ear, y + 0.02, 0.035, 0.06)
-    if style != "bald":
-        oval(hair, x, y - 0.06, rx + 0.02, ry + 0.01)
+    oval(tuple(rng.randrange(30, 220) for _ in range(3)), x, 1.12, between(0.38, 0.48), 0.25)
     oval(skin, x, y, rx, ry)
-    if style != "bald":  # the fringe
+    if length:  # the fringe
         oval(hair, x, y - 0.85 * ry, rx * between(0.75, 0.95), ry * between(0.2, 0.4))
-
-    apart, eye_y, lid = rx * between(0.4, 0.48), y - 0.03 + between(-0.02, 0.01), between(0.018, 0.028)
-    look, brow_y, brow = between(-0.01, 0.01), eye_y - between(0.05, 0.07), between(0.008, 0.014)
-    for eye in (front - apart, front + apart):
+    apart, eye_y, lid, brow = rx * between(0.4, 0.48), y - between(0.02, 0.05), between(0.018, 0.028), between(0.008, 0.014)
+    brow_y, nose_y, look = eye_y - between(0.05, 0.07), y + between(0.08, 0.1), between(-0.01, 0.01)
+    for side in (-1, 1):
+        ear, eye = x + side * rx, front + side * apart
+        oval(shade(skin, 0.9), ear, y + 0.02, 0.035, 0.06)
         oval(shade(skin, 0.5), eye, eye_y - 0.006, 0.05, lid + 0.002)
         oval((250, 250, 248), eye, eye_y, 0.045, lid)
         oval(iris, eye + look, eye_y, 0.02, min(0.02, lid))
         oval((10, 10, 10), eye + look, eye_y, 0.009, 0.009)
         oval(shade(hair, 0.7), eye, brow_y, 0.05, brow)
-    nose, nose_y, mouth, mouth_y = between(0.022, 0.035), y + between(0.08, 0.1), between(0.055, 0.085), y + between(0.16, 0.185)
-    oval(shade(skin, 0.9), 1.6 * front - 0.6 * x, (eye_y + nose_y) / 2, nose / 2, (nose_y - eye_y) / 2)
-    oval(shade(skin, 0.8), 1.6 * front - 0.6 * x, nose_y, nose, 0.012)
-    oval(shade((min(255, skin[0] + 40), *skin[1:]), 0.72), front, mouth_y, mouth, between(0.012, 0.022))
-    if rng.random() < 0.4:  # teeth
-        oval((250, 248, 245), front, mouth_y, mouth * 0.7, 0.009)
+    oval(shade(skin, 0.9), 1.6 * front - 0.6 * x, (eye_y + nose_y) / 2, 0.014, (nose_y - eye_y) / 2)
+    oval(shade(skin, 0.8), 1.6 * front - 0.6 * x, nose_y, between(0.022, 0.035), 0.012)
+    oval(shade((min(255, skin[0] + 40), *skin[1:]), 0.72), front, y + between(0.16, 0.185), between(0.055, 0.085), between(0.012, 0.022))
     return image.resize((size, size), Image.Resampling.BOX)
 
 # ---------------------------------------------------------------- sources
 
-def _listing(path):
-    """The images in a folder or .zip, without hidden ones -> sorted [(name, size, time of change)]."""
+def _files(path):
+    """A folder or .zip -> (sorted names of its images, what changes when it does, function of a name to read it)."""
     if path.is_dir():
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        files = [(os.path.relpath(f, path), s.st_size, s.st_mtime_ns) for f in found if os.path.isfile(f) and (s := os.stat(f))]
+        names, fetch = filter(lambda name: (path / name).is_file(), glob.glob("**/*", root_dir=path, recursive=True)), path.joinpath
     else:
-        with zipfile.ZipFile(path) as archive:
-            files = [(entry.filename, entry.file_size, os.stat(path).st_mtime_ns) for entry in archive.infolist()]
-    def hidden(name):
-        return any(part[0:1] == "." and part != ".." or part == "__MACOSX" for part in name.split("/"))
-    return sorted(f for f in files if f[0].lower().endswith(EXTENSIONS) and not hidden(f[0]))
-
-@functools.cache
-def _archive(path, process):
-    return zipfile.ZipFile(path)
-
-def _unzip(path, name):
-    archive = _archive(path, os.getpid())  # opened by each process for itself: a shared one would have one shared position
-    if archive.getinfo(name).file_size > 2 ** 28:
-        raise ValueError("over 256 MiB unpacked")
-    return io.BytesIO(archive.read(name))
-
-def _torchvision(name, cache_dir):
-    """-> the data set of that name, downloaded into the cache."""
-    import torchvision
-    options = {"root": str(cache_dir / name), "download": True}
-    try:
-        kind = getattr(torchvision.datasets, name)
-        with locked(cache_dir):
-            return kind(**{k: v for k, v in options.items() if k in inspect.signature(kind).parameters})
-    except Exception as error:  # no such name, no network, a manual download, arguments of its own
-        raise ValueError(f"torchvision:{name} cannot be had ({error}); get its images yourself and name the folder") from error
+        archive = functools.cache(lambda process: zipfile.ZipFile(path))  # a shared one would have one shared position
+        names, fetch = archive(0).namelist(), lambda name: io.BytesIO(archive(os.getpid()).open(name).read(2 ** 28))
+    hidden = re.compile(r"(^|/)(\.(?!\./)|__MACOSX/)")
+    names = sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n))
+    stats = [os.stat(file) for file in (map(path.joinpath, names) if path.is_dir() else [path])]
+    return names, [str(path), names, [(s.st_size, s.st_mtime_ns) for s in stats]], fetch
 
 def _source(source, cache_dir):
     """-> (names, identity, function of (name, size) that returns a square image)."""
@@ -160,19 +127,25 @@ def _source(source, cache_dir):
     if kind == "synthetic" and (source == kind or rest.isdigit() and int(rest)):
         return range(int(rest or 10000)), source, draw_face
     if kind == "torchvision":
-        dataset = _torchvision(rest, cache_dir)
+        import torchvision
+        options = {"root": str(cache_dir / rest), "download": True}
+        try:
+            dataset = getattr(torchvision.datasets, rest)
+            with locked(cache_dir):
+                dataset = dataset(**{k: v for k, v in options.items() if k in inspect.signature(dataset).parameters})
+        except Exception as error:  # no such name, no network, a manual download, arguments of its own
+            raise ValueError(f"{source} cannot be had ({error}); get its images yourself and name the folder") from error
         return range(len(dataset)), source, lambda i, size: square(dataset[i][0], size)
     path = Path(source).expanduser().resolve()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
         raise ValueError(f"{source} is neither a folder, a .zip, torchvision:NAME, synthetic nor synthetic:N")
     try:
-        files = _listing(path)
+        names, identity, fetch = _files(path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{source} is not a whole zip archive: {error}") from error
-    if not files:
+    if not names:
         raise ValueError(f"{source} holds no images ({' '.join(EXTENSIONS)})")
-    fetch = path.joinpath if path.is_dir() else functools.partial(_unzip, path)
-    return [name for name, *_ in files], [str(path), files], lambda name, size: decode(fetch(name), size)
+    return names, identity, lambda name, size: decode(fetch(name), size)
 
 # ---------------------------------------------------------------- preparation
 
