@@ -61,7 +61,7 @@ class Generator(nn.Module):
     def forward(self, z):
         x = F.relu(self.norm(self.linear(z)))
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # channels last without a copy
-        return torch.tanh(self.layers(x).float())
+        return torch.tanh(self.layers(x).to(z.dtype))
 
 class Discriminator(nn.Module):
     """Images (B, 3, img_size, img_size) in [-1, 1], with pairwise=True two such -> raw scores (B,), float32."""
@@ -77,9 +77,9 @@ class Discriminator(nn.Module):
         self.apply(glorot)
 
     def forward(self, x, y=None):
-        x = self.layers(x if y is None else torch.cat([x, y], 1)).permute(0, 2, 3, 1).flatten(1)
+        features = self.layers(x if y is None else torch.cat([x, y], 1)).permute(0, 2, 3, 1).flatten(1)
         with torch.autocast(x.device.type, enabled=False):  # a difference of scores needs all their digits
-            return self.linear(x.float()).squeeze(1)
+            return self.linear(features.to(x.dtype)).squeeze(1)
 
 # ---------------------------------------------------------------- losses
 

@@ -1,5 +1,5 @@
 """All tests: python -m pytest (no network and no GPU needed; what needs CUDA is skipped without it)."""
-import ast, copy, json, math, os, re, runpy, shutil, signal, socket, subprocess, sys, time, zipfile
+import argparse, ast, copy, json, math, os, re, runpy, shutil, signal, socket, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +223,59 @@ def test_point_masses(capsys):
         slope = 1 + d / 20  # the largest s d - 10 (s - 1)^2: a finite penalty lets T be a little steeper than 1
         assert rows["WGAN-GP"][i] == pytest.approx((d * slope, slope), rel=0.02)
         assert rows["GAN-QP"][i][0] == pytest.approx(10 * d / 2, rel=0.05) and 5 < rows["GAN-QP"][i][1] < 20
+
+
+# what the author's own scripts (128/gan_qp_l1.py and l2) print when their Keras runs in float64 from the weights, images
+# and noise that `golden` makes: for each iteration d_loss of both steps, E T(x_f) of the generator's, mean |delta| / L1
+GOLDEN = {
+    "l1": [[-0.384784488725, -0.857829815665, -2.09089122897, 2.77372718788],
+           [-0.807083038604, -1.32914935845, -2.66597325619, 6.16070112496],
+           [-1.26981758131, -1.5120061295, -2.98387192571, 5.07273424954],
+           [-1.21826333805, -1.3614660867, -3.01433622815, 6.18276952809],
+           [-1.42040445476, -1.58098464945, -3.04284955155, 5.99881447098]],
+    "l2": [[-0.399045515755, -0.898921924735, -2.10280957011, 2.76896132246],
+           [-0.850067617087, -1.47172381539, -2.75454882684, 6.23773367786],
+           [-1.43351900337, -1.6762311124, -3.13099900643, 5.30835420256],
+           [-1.38377558592, -1.57234796897, -3.21624793525, 6.52090098131],
+           [-1.61383496633, -1.80590411735, -3.28965180597, 6.44048077908]],
+}
+
+
+def golden(i, *shape):
+    """Evenly spread numbers in [0, 1) that every numpy, of Python 2.7 too, computes to the bit."""
+    k = np.arange(1.0, math.prod(shape) + 1)
+    return torch.from_numpy((k * (k * 0.6180339887498949 + i * 0.414213562373095) % 1).reshape(shape))
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+def test_training_steps_are_the_authors(metric):
+    """Five iterations from the same weights, images and noise, beside the author's Keras scripts."""
+    G, D = gan_qp.Generator(16, 16).double(), gan_qp.Discriminator(16).double()
+    weights = [p for net in (G, D) for p in net.parameters() if p.dim() > 1]
+    with torch.no_grad():
+        for i, weight in enumerate(weights):
+            fans = sum(weight.shape[:2]) * math.prod(weight.shape[2:])
+            weight.copy_((2 * golden(i, *weight.shape) - 1) * math.sqrt(6 / fans))
+    z = (golden(6, 5, 3, 8, 16) - 0.5) * math.sqrt(12)
+    x = (2 * golden(7, 5, 3, 8, 3, 16, 16) - 1) * golden(8, 5, 3, 8, 1, 1, 1)
+    args = argparse.Namespace(metric=metric, lam=10.0, power=2, pairwise=False)
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
+
+    def step(optimizer, loss, t):
+        optimizer.param_groups[0]["eps"] = 1e-7 / math.sqrt(1 - 0.999 ** t)  # where Keras adds it
+        gan_qp.update(optimizer, loss)
+
+    for it in range(5):
+        row = []
+        for i in (0, 1):
+            x_fake = G(z[it, i]).detach()
+            d_loss, _, delta = gan_qp.discriminator_loss(D, x[it, i], x_fake, args)
+            lipschitz = (delta.abs() / gan_qp.pair_distance(x[it, i], x_fake)).mean()
+            step(opt_D, d_loss, 2 * it + i + 1)
+            row.append(d_loss.item())
+        g_loss = gan_qp.generator_loss(D, x[it, 2], G(z[it, 2]), args)
+        step(opt_G, g_loss, it + 1)
+        np.testing.assert_allclose([*row, -g_loss.item(), lipschitz.item()], GOLDEN[metric][it], rtol=1e-11)
 
 
 # ---------------------------------------------------------------- networks and the shared code

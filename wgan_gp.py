@@ -63,7 +63,7 @@ class Generator(nn.Module):
     def forward(self, z):
         x = F.relu(self.norm(self.linear(z)))
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # channels last without a copy
-        return torch.tanh(self.layers(x).float())
+        return torch.tanh(self.layers(x).to(z.dtype))
 
 class LeakyReLU(nn.Module):
     """nn.LeakyReLU(0.2), to the bit; but in gradients of gradients that one sends zeros through all layers below, at full cost."""
@@ -85,9 +85,9 @@ class Discriminator(nn.Module):
             self.register_forward_pre_hook(clip_weights)
 
     def forward(self, x):
-        x = self.layers(x).permute(0, 2, 3, 1).flatten(1)
+        features = self.layers(x).permute(0, 2, 3, 1).flatten(1)
         with torch.autocast(x.device.type, enabled=False):  # a difference of scores needs all their digits
-            return self.linear(x.float()).squeeze(1)
+            return self.linear(features.to(x.dtype)).squeeze(1)
 
 # ---------------------------------------------------------------- losses
 
