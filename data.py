@@ -257,9 +257,9 @@ class Batches:
     """Endless training batches; `batches[k]` is a pure function of (seed, k, rank).
 
     images: uint8 (N, S, S, 3); batch_size: over all `world` processes. `batches[k]` is this rank's part of
-    global batch k, float32 (batch_size / world, 3, S, S) in [-1, 1], channels last, on `device`. Each epoch is
-    a permutation of its own: no image comes twice before all came once. On CUDA the whole array moves to the
-    device if it fits in half of the free memory; else a thread pins the next batches ahead of time.
+    global batch k, float32 (batch_size / world, 3, S, S) in [-1, 1], channels last, on `device`. Each epoch
+    is a permutation of its own: no image comes twice before all came once. On CUDA the whole array moves to
+    the device if it fits in half of the free memory; else a thread pins the next batches ahead of time.
     """
     def __init__(self, images, batch_size, device, seed=0, flip=False, rank=0, world=1):
         if batch_size % world:

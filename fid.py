@@ -4,8 +4,8 @@
     python fid.py real/ --save-stats real.npz    statistics for later, interchangeable with pytorch-fid's
     python fid.py real/ generated/ --clean       resize as clean-fid does
 
-The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes. It always runs
-in full fp32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
+The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes, in full fp32.
+Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
 Stands alone: needs torch, torchvision, numpy, scipy and Pillow.
 """
 import argparse, glob, hashlib, io, itertools, json, os, re, sys, time, urllib.error, zipfile
@@ -29,10 +29,10 @@ DIM = 2048  # of the features
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), squared, between two Gaussians.
 
-    mu: (D,), sigma: (D, D) symmetric positive semi-definite; computed in float64. With sigma1 = R R^T the product
-    has the eigenvalues of the symmetric R^T sigma2 R, so the trace needs no matrix square root, is right for
-    singular covariances and never complex. Returns a float, not negative. Raises ValueError for shapes that do
-    not match and for values that are not finite.
+    mu: (D,), sigma: (D, D) symmetric positive semi-definite; computed in float64. With sigma1 = R R^T the
+    product has the eigenvalues of the symmetric R^T sigma2 R, so the trace needs no matrix square root, is
+    right for singular covariances and never complex. Returns a float, not negative. Raises ValueError for
+    shapes that do not match and for values that are not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
@@ -87,7 +87,7 @@ class Inception(nn.Module):
     """The 2015 Inception: uint8 (B, 3, H, W) of any size -> features (B, 2048), float32.
 
     It differs from torchvision's in two things: its average pooling does not count the padding, and its last
-    block pools by the maximum, not by the average. Images are resized to 299 x 299, bilinear as in pytorch-fid,
+    block pools by the maximum, not the average. Images are resized to 299 x 299, bilinear as in pytorch-fid,
     or with clean=True by the antialiased bicubic filter of Pillow as in clean-fid.
     """
     def __init__(self, state):
@@ -125,12 +125,12 @@ class Inception(nn.Module):
             if clean:
                 x = (clean_resize(images) - 128) / 128
             else:
-                x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+                x = F.interpolate(images.float(), (299, 299), mode="bilinear") / 127.5 - 1
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
 def clean_resize(images):
     """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [0, 255], by Pillow's bicubic, as in clean-fid."""
-    images = F.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True, align_corners=False)
+    images = F.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True)
     return images.clamp(0, 255)
 
 def load_inception(weights=None, device="cpu"):
@@ -244,7 +244,7 @@ def load_stats(path):
         return file["mu"], file["sigma"]
 
 def save_stats(stats, path):
-    """Write mean and covariance as pytorch-fid does, arrays mu and sigma of an .npz; beside first, then renamed."""
+    """Write mean and covariance as pytorch-fid does, arrays mu and sigma; beside first, then renamed."""
     partial = Path(f"{path}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -262,16 +262,13 @@ def parse_args():
     flag("--save-stats", metavar="NPZ", help="write mean and covariance of the only SET to this new file")
     flag("--clean", action="store_true", help="resize as clean-fid does")
     flag("--weights", help="file of Inception weights (the published ones, downloaded once)")
-    flag("--batch-size", type=int, default=50, help="images at a time (50)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, if there is one, or cpu")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     flag("--json", action="store_true", help="print a JSON object: distance, counts, skipped images")
     args = parser.parse_args()
     if len(args.sets) != (1 if args.save_stats else 2):
         stop("give two sets to compare, or one set and --save-stats FILE.npz")
     if args.save_stats and Path(args.save_stats).exists():
         stop(f"--save-stats {args.save_stats} exists; name a new file")
-    if args.batch_size < 1:
-        stop("--batch-size must be at least 1")
     for path in args.sets:
         if not Path(path).exists():
             stop(f"{path} does not exist; name a folder, .zip, .npy or .npz")
@@ -300,7 +297,7 @@ def main(args):
         if path.endswith(".npz"):
             results.append(load_stats(path))
             continue
-        stats, sizes, skipped = measure(path, inception, args.clean, args.batch_size)
+        stats, sizes, skipped = measure(path, inception, args.clean)
         results.append((stats.mean, stats.cov))
         counts.append(stats.n)
         bad.append(len(skipped))

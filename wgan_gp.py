@@ -168,7 +168,7 @@ class Discriminator(nn.Module):
             return self.linear(features.to(x.dtype)).squeeze(1)
 
     def input_gradient(self, x):
-        """grad T(x) by transposed convolutions back down the layers, differentiable: (B, 3, S, S) -> the same.
+        """grad T(x), itself differentiable: (B, 3, S, S) -> same, by transposed convolutions down the layers.
 
         The slopes of leaky ReLU are constants. PyTorch's gradient of a gradient gives the same, more slowly.
         """
@@ -199,7 +199,7 @@ def gradient_norm(D, x):
     return torch.linalg.vector_norm(gradient.float().flatten(1), dim=1)
 
 def gradient_penalty(D, x_real, x_fake, t=None):
-    """mean((|grad T(x_hat)|_2 - 1)^2) at points between the pairs: twice (B, ...) -> scalar (Gulrajani, eq. 3).
+    """mean((|grad T(x_hat)|_2 - 1)^2) between the pairs (Gulrajani, eq. 3): twice (B, ...) -> scalar.
 
     D: any module or function; t: (B, 1, ...) in [0, 1], where between, by default drawn here.
     """
@@ -208,7 +208,7 @@ def gradient_penalty(D, x_real, x_fake, t=None):
     return (gradient_norm(D, torch.lerp(x_real, x_fake, t)) - 1).square().mean()
 
 def divergence_penalty(D, x_real, x_fake, k=2.0, p=6):
-    """k E[|grad T|_2^p] over real and generated images alike: twice (B, ...) -> scalar (Wu et al., with their k and p)."""
+    """k E[|grad T|_2^p] over real and generated images alike (Wu et al.): twice (B, ...) -> scalar."""
     return k / 2 * sum((gradient_norm(D, x) ** p).mean() for x in (x_real, x_fake))
 
 def clip_after_update(optimizer, bound=0.01):
@@ -236,19 +236,26 @@ def generator_loss(D, x_real, x_fake, args):
     return -D(x_fake).mean()
 
 # ---------------------------------------------------------------- helpers
-def process_mean(x):
-    """The mean of a tensor over the processes, in its place."""
-    if WORLD > 1:
-        dist.all_reduce(x.div_(WORLD))
-    return x
-
 def update(optimizer, loss):
     """One step down the gradient of `loss`, averaged over the processes."""
     optimizer.zero_grad()
     loss.backward()
-    for p in optimizer.param_groups[0]["params"]:  # DistributedDataParallel does not see a gradient penalty's
-        process_mean(p.grad)
+    if WORLD > 1:  # not DistributedDataParallel: it does not see the gradient within a gradient penalty
+        for p in optimizer.param_groups[0]["params"]:
+            dist.all_reduce(p.grad.div_(WORLD))
     optimizer.step()
+
+def set_precision(precision, device):
+    """-> whether to compute in bf16; then what autocast leaves may be TF32, else fp32 means fp32."""
+    bf16 = precision == "bf16"
+    if precision == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto":
+        bf16 = torch.cpu._is_avx512_bf16_supported()
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")
+    torch.backends.cudnn.allow_tf32 = bf16
+    torch.backends.cudnn.benchmark = True
+    return bf16
 
 @torch.no_grad()
 def generate(G, z):
@@ -304,15 +311,7 @@ def train(args):
     except ValueError as error:
         stop(error)
 
-    # precision
-    has_bf16 = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
-    bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16()
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    torch.set_float32_matmul_precision("high" if bf16 else "highest")  # "high" is TF32
-    torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cudnn.benchmark = True
-
-    # networks and optimisers
+    bf16 = set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=args.constraint == "sn")
@@ -334,6 +333,8 @@ def train(args):
     state = [tensor for tensor in G.state_dict().values() if tensor.is_floating_point()]
     average = [tensor for tensor in shown.state_dict().values() if tensor.is_floating_point()]
 
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
     def noise():
         return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
 
@@ -346,8 +347,6 @@ def train(args):
             torch.save({"script": SCRIPT, "iter": it, "log": log, "args": vars(args), **states}, file)
 
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": version("torchvision"), "device_name": device_name}
     random = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch.default_generator)
     fixed = torch.Generator().manual_seed(args.seed)
     fixed_z = torch.randn(max(81, args.fid_samples), args.z_dim, generator=fixed).to(device)
@@ -355,13 +354,13 @@ def train(args):
     stopping = []
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: stopping.append(True))
-    logged_it = start
-    logged_at = time.perf_counter()
-    began = logged_at - (log[-1]["sec"] if log else 0)
+    last = log[-1] if log else {"iter": 0, "sec": 0}
+    began = time.perf_counter() - last["sec"]
     if RANK == 0:
-        count = [sum(p.numel() for p in net.parameters()) for net in (G, D)]
-        print(f"{SCRIPT}: {device_name} ({device}) in {'bf16' if bf16 else 'fp32'}, {len(images):,} images, "
-              f"{count[0]:,} parameters in G, {count[1]:,} in D", flush=True)
+        size_G = sum(p.numel() for p in G.parameters())
+        size_D = sum(p.numel() for p in D.parameters())
+        print(f"{SCRIPT}: {len(images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
+              f"{'bf16' if bf16 else 'fp32'} on {device} ({device_name})", flush=True)
 
     for it in range(start + 1, args.iters + 1):
         # all randomness of an iteration follows from the seed and its number: no generator states to save
@@ -386,7 +385,9 @@ def train(args):
 
         stop_now = bool(stopping)
         if WORLD > 1:  # all stop together; one more wait beside those of SyncBatchNorm
-            stop_now = process_mean(torch.tensor(float(stop_now), device=device)).item() > 0
+            votes = torch.tensor(float(stop_now), device=device)
+            dist.all_reduce(votes)
+            stop_now = votes.item() > 0
         sample_now = due(args.sample_every)
         fid_now = due(args.fid_every)
         log_now = due(args.log_every) or fid_now or stop_now
@@ -394,7 +395,7 @@ def train(args):
         if not (log_now or sample_now or save_now):
             continue  # nothing above waits for the device, everything below does
 
-        losses = process_mean(torch.stack([d_loss, g_loss, divergence, lipschitz]).detach()).tolist()
+        losses = torch.stack([d_loss, g_loss, divergence, lipschitz]).tolist()
         if not all(map(math.isfinite, losses)) or not all(tensor.isfinite().all() for tensor in state):
             stop(f"iteration {it}: the loss or the generator is not finite; try a lower --lr (the last good "
                  f"state, if any was saved, is in {out / 'last.pt'})")
@@ -402,16 +403,16 @@ def train(args):
             if it == start + 1:  # not before: a run that fails at once can be started anew
                 (out / "samples").mkdir(parents=True, exist_ok=True)
                 save_grid(pick(images, columns**2), out / "real.png", columns)
-                (out / "args.json").write_text(json.dumps({**vars(args), **versions}, indent=1))
+                machine = {"python": platform.python_version(), "torch": torch.__version__,
+                           "torchvision": version("torchvision"), "device_name": device_name}
+                (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
                 (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
             if log_now:
                 row = dict(zip(("iter", "d_loss", "g_loss", "divergence", "lipschitz"), (it, *losses)))
-                now = time.perf_counter()
-                pace = (now - logged_at) / (it - logged_it)
-                logged_it = it
-                logged_at = now
+                row["sec"] = round(time.perf_counter() - began, 3)
+                pace = max(0.001, row["sec"] - last["sec"]) / (it - last["iter"])
                 row["img_per_sec"] = round(args.d_steps * args.batch_size / pace, 1)
-                row["sec"] = round(now - began, 2)
+                last = row
                 if fid_now:
                     drawn = (generate(shown, z) for z in fixed_z[:args.fid_samples].split(50))
                     row["fid"] = frechet_distance(*drawn_stats(drawn, inception), *real_stats)
@@ -457,16 +458,17 @@ def sample(args):
     G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
     G.load_state_dict(checkpoint["shown"])
     G.to(args.device, memory_format=torch.channels_last)
-    z = torch.randn(2, args.num_samples, flags["z_dim"], generator=torch.Generator().manual_seed(args.seed))
+    torch.manual_seed(args.seed)
+    z = torch.randn(2, args.num_samples, flags["z_dim"])
     z = slerp(*z, 8)[:args.num_samples] if args.interpolate else z[0]
-    columns = 8 if args.interpolate else math.ceil(len(z) ** 0.5)
+    images = generate(G, z.to(args.device))
     if out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(generate(G, z.to(args.device)), out, columns)
+        save_grid(images, out, 8 if args.interpolate else math.ceil(len(z) ** 0.5))
     else:
         out.mkdir(parents=True, exist_ok=True)
-        for i, noise in enumerate(z.split(1)):
-            save_grid(generate(G, noise.to(args.device)), out / f"{i:05d}.png", 1)
+        for i in range(len(z)):
+            save_grid(images[i:i + 1], out / f"{i:05d}.png", 1)
     print(f"{len(z)} images in {out}")
 
 if __name__ == "__main__":
