@@ -149,18 +149,15 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """The critic, without batch norm: images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,)."""
-    def __init__(self, img_size, max_channels=None, sn=False):
+    def __init__(self, img_size, max_channels=None):
         super().__init__()
         widths = layer_widths(img_size, max_channels)
         layers = []
         for before, width in zip([3, *widths], widths):
-            layers.append(nn.Conv2d(before, width, 5, stride=2, padding=2))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
+            layers += [nn.Conv2d(before, width, 5, stride=2, padding=2), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(16 * widths[-1], 1)
         self.apply(glorot)
-        for layer in [*layers[::2], self.linear] if sn else ():
-            spectral_norm(layer)
 
     def forward(self, x):
         features = self.layers(x).permute(0, 2, 3, 1).flatten(1)
@@ -211,25 +208,29 @@ def divergence_penalty(D, x_real, x_fake, k=2.0, p=6):
     """k E[|grad T|_2^p] over real and generated images alike (Wu et al.): twice (B, ...) -> scalar."""
     return k / 2 * sum((gradient_norm(D, x) ** p).mean() for x in (x_real, x_fake))
 
-def clip_after_update(optimizer, bound=0.01):
-    """Bring every weight of the critic within +-bound after each of its updates (Arjovsky, algorithm 1)."""
-    def clip(*_):
-        for weight in optimizer.param_groups[0]["params"]:
-            weight.data.clamp_(-bound, bound)
-    optimizer.register_step_post_hook(clip)
+def constraint_penalty(D, x_real, x_fake, args):
+    """What the constraint adds to the critic's loss: gp and div, a penalty; sn and clip, nothing."""
+    if args.constraint == "gp":
+        t = torch.rand(args.batch_size, 1, 1, 1, device=x_real.device).chunk(WORLD)[RANK]
+        return args.gp_weight * gradient_penalty(D, x_real, x_fake, t)
+    if args.constraint == "div":
+        return divergence_penalty(D, x_real, x_fake)
+    return 0.0
+
+def constrain_weights(D, optimizer, constraint):
+    """What the constraint does to the weights: sn in each forward, clip to +-0.01 after each update."""
+    if constraint == "sn":
+        for layer in [*D.layers[::2], D.linear]:
+            spectral_norm(layer)
+    if constraint == "clip":
+        optimizer.register_step_post_hook(lambda *_: [p.data.clamp_(-0.01, 0.01) for p in D.parameters()])
 
 def discriminator_loss(D, x_real, x_fake, args):
     """-> (loss to minimise, estimate of the divergence, mean |delta| / d)"""
     score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one pass
     delta = score_real - score_fake
-    penalty = 0.0
-    if args.constraint == "gp":
-        t = torch.rand(args.batch_size, 1, 1, 1, device=x_real.device).chunk(WORLD)[RANK]
-        penalty = args.gp_weight * gradient_penalty(D, x_real, x_fake, t)
-    elif args.constraint == "div":
-        penalty = divergence_penalty(D, x_real, x_fake)
     lipschitz = (delta.abs() / pair_distance(x_real, x_fake).clamp_min(1e-4)).mean()
-    return penalty - delta.mean(), delta.mean(), lipschitz
+    return constraint_penalty(D, x_real, x_fake, args) - delta.mean(), delta.mean(), lipschitz
 
 def generator_loss(D, x_real, x_fake, args):
     """-> loss to minimise: E[-T(x_f)]"""
@@ -314,7 +315,7 @@ def train(args):
     bf16 = set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
-    D = Discriminator(args.img_size, args.max_channels, sn=args.constraint == "sn")
+    D = Discriminator(args.img_size, args.max_channels)
     if WORLD > 1 and device.type == "cuda":
         G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
         D = nn.SyncBatchNorm.convert_sync_batchnorm(D)
@@ -323,8 +324,7 @@ def train(args):
     adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": device.type != "mps"}
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
-    if args.constraint == "clip":
-        clip_after_update(opt_D)
+    constrain_weights(D, opt_D, args.constraint)
     shown = copy.deepcopy(G) if args.ema else G  # the generator of samples and FID
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "shown": shown}
     if args.resume:
