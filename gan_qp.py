@@ -223,7 +223,7 @@ def set_precision(precision, device):
 
 @torch.no_grad()
 def generate(G, z):
-    """Noise (N, z_dim) -> uint8 images (N, S, S, 3), in evaluation mode and fp32, rounded."""
+    """Noise (N, z_dim) -> uint8 images (N, S, S, 3), in evaluation mode and without autocast."""
     G.eval()
     images = torch.cat([((G(part) + 1) * 127.5).round().byte() for part in z.split(32)])
     G.train()
@@ -248,7 +248,8 @@ MAY_CHANGE = ["cache_dir", "iters", "device", "precision", "out", "resume", "log
 def check_flags(args, saved):
     """Refuse to resume a run with other flags than those that make it what it is."""
     for name, old in saved.items():
-        new, flag = vars(args).get(name), "--" + name.replace("_", "-")
+        new = vars(args).get(name)
+        flag = "--" + name.replace("_", "-")
         if new != old and name not in MAY_CHANGE:
             stop(f"{flag} {new} contradicts the run in {args.out}, which has {flag} {old}")
 
@@ -264,7 +265,7 @@ def train(args):
     elif any((out / name).exists() for name in RUN_FILES):
         stop(f"--out {out} already holds a run; go on with it by --resume, or name another folder")
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        dist.init_process_group(timeout=timedelta(hours=6))  # NCCL for GPUs, Gloo for CPUs
     try:
         layer_widths(args.img_size, args.max_channels)
         images = load_images(args.data, args.img_size, args.cache_dir, quiet=RANK > 0)
@@ -294,7 +295,6 @@ def train(args):
             part.load_state_dict(checkpoint[name])
     state = [tensor for tensor in G.state_dict().values() if tensor.is_floating_point()]
     average = [tensor for tensor in shown.state_dict().values() if tensor.is_floating_point()]
-
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     def noise():
@@ -324,6 +324,7 @@ def train(args):
         print(f"{SCRIPT}: {len(images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
               f"{'bf16' if bf16 else 'fp32'} on {device} ({device_name})", flush=True)
 
+    it = start  # of a run that is resumed at its end
     for it in range(start + 1, args.iters + 1):
         # all randomness of an iteration follows from the seed and its number: no generator states to save
         random.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
@@ -423,14 +424,13 @@ def sample(args):
     torch.manual_seed(args.seed)
     z = torch.randn(2, args.num_samples, flags["z_dim"])
     z = slerp(*z, 8)[:args.num_samples] if args.interpolate else z[0]
-    images = generate(G, z.to(args.device))
     if out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(images, out, 8 if args.interpolate else math.ceil(len(z) ** 0.5))
+        save_grid(generate(G, z.to(args.device)), out, 8 if args.interpolate else math.ceil(len(z) ** 0.5))
     else:
         out.mkdir(parents=True, exist_ok=True)
-        for i in range(len(z)):
-            save_grid(images[i:i + 1], out / f"{i:05d}.png", 1)
+        for i, one in enumerate(z.split(1)):
+            save_grid(generate(G, one.to(args.device)), out / f"{i:05d}.png", 1)
     print(f"{len(z)} images in {out}")
 
 if __name__ == "__main__":

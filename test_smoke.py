@@ -588,6 +588,7 @@ def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
     with open(split / "log.jsonl", "a") as file:
         file.write('{"iter": 6, "d_lo')  # torn
     assert cli(script, *flags, "--iters", 7, "--out", split, "--resume")[0] == 0
+    assert cli(script, *flags, "--iters", 7, "--out", split, "--resume")[0] == 0  # at its end already
     assert_same(weights(whole / "last.pt"), weights(split / "last.pt"))
     assert [row["iter"] for row in log_of(split)] == [2, 4, 5, 6, 7]
 
