@@ -170,11 +170,10 @@ class Discriminator(nn.Module):
         The slopes of leaky ReLU are constants. PyTorch's gradient of a gradient gives the same, more slowly.
         """
         slopes = []
-        with torch.no_grad():
-            for layer in self.layers:
-                x = layer(x)
-                if isinstance(layer, nn.LeakyReLU):
-                    slopes.append(torch.where(x > 0, 1.0, 0.2).to(x.dtype))
+        for layer in self.layers:
+            x = layer(x.detach())
+            if isinstance(layer, nn.LeakyReLU):
+                slopes.append(torch.where(x > 0, 1.0, 0.2).to(x.dtype))
         gradient = self.linear.weight.view(1, 4, 4, -1).permute(0, 3, 1, 2)
         for conv, slope in zip(self.layers[::2][::-1], slopes[::-1]):
             gradient = F.conv_transpose2d(gradient * slope, conv.weight, None, 2, 2, output_padding=1)
