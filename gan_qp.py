@@ -265,7 +265,7 @@ def train(args):
     elif any((out / name).exists() for name in RUN_FILES):
         stop(f"--out {out} already holds a run; go on with it by --resume, or name another folder")
     if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(hours=6))  # NCCL for GPUs, Gloo for CPUs
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
         layer_widths(args.img_size, args.max_channels)
         images = load_images(args.data, args.img_size, args.cache_dir, quiet=RANK > 0)
