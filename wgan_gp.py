@@ -13,7 +13,7 @@ x_hat is a random point between a real and a generated image. --constraint offer
 Gulrajani et al., "Improved Training of Wasserstein GANs", arXiv 1704.00028. --constraint div: Wu et al.,
 1712.01026; sn: Miyato et al., 1802.05957; clip: Arjovsky et al., 1701.07875.
 """
-import argparse, copy, json, math, os, platform, shlex, signal, sys, time
+import argparse, copy, json, math, os, platform, signal, sys, time
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,9 @@ SIZES = [16, 32, 64, 128, 256, 512, 1024]
 RANK = int(os.environ.get("RANK", 0))  # which process this is, and of how many: torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RUN_FILES = ["last.pt", "best.pt", "log.jsonl", "args.json", "real.png", "samples", "progress.gif"]
+# flags that may change when a run is resumed; the others make it what it is
+MAY_CHANGE = ["cache_dir", "iters", "device", "precision", "out", "resume", "log_every", "sample_every",
+              "save_every", "fid_every", "fid_samples", "fid_weights", "sample", "num_samples", "interpolate"]
 
 # ---------------------------------------------------------------- command line
 def stop(message):
@@ -246,16 +249,17 @@ def update(optimizer, loss):
     optimizer.step()
 
 def set_precision(precision, device):
-    """-> whether to compute in bf16; then what autocast leaves may be TF32, else fp32 means fp32."""
-    bf16 = precision == "bf16"
+    """-> "bf16" or "fp32"; with bf16, what autocast leaves may be TF32, else fp32 means fp32."""
     if precision == "auto" and device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif precision == "auto":
         bf16 = torch.cpu._is_avx512_bf16_supported()
+    else:
+        bf16 = precision == "bf16"
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
     torch.backends.cudnn.allow_tf32 = bf16
     torch.backends.cudnn.benchmark = True
-    return bf16
+    return "bf16" if bf16 else "fp32"
 
 @torch.no_grad()
 def generate(G, z):
@@ -276,30 +280,28 @@ def load_checkpoint(path):
         reason = type(error).__name__  # torch's own text is many lines
     stop(f"{path} is not a whole checkpoint of {SCRIPT}.py ({reason}); name another (--out, for --resume)")
 
-# ---------------------------------------------------------------- training
-# flags that may change when a run is resumed; the others make it what it is
-MAY_CHANGE = ["cache_dir", "iters", "device", "precision", "out", "resume", "log_every", "sample_every",
-              "save_every", "fid_every", "fid_samples", "fid_weights", "sample", "num_samples", "interpolate"]
-
-def check_flags(args, saved):
-    """Refuse to resume a run with other flags than those that make it what it is."""
-    for name, old in saved.items():
+def open_run(args):
+    """-> what a run that is resumed has saved; a new one starts at 0. Refuses what would mix two runs."""
+    out = Path(args.out)
+    if not args.resume:
+        if any((out / name).exists() for name in RUN_FILES):
+            stop(f"--out {out} already holds a run; go on with it by --resume, or name another folder")
+        return {"iter": 0, "log": []}
+    saved = load_checkpoint(out / "last.pt")
+    for name, old in saved["args"].items():
         new = vars(args).get(name)
         flag = "--" + name.replace("_", "-")
         if new != old and name not in MAY_CHANGE:
-            stop(f"{flag} {new} contradicts the run in {args.out}, which has {flag} {old}")
+            stop(f"{flag} {new} contradicts the run in {out}, which has {flag} {old}")
+    return saved
 
+# ---------------------------------------------------------------- training
 def train(args):
     """Train, or go on from last.pt, up to args.iters or a signal; all that comes of it is in args.out."""
     device = torch.device(args.device)
     out = Path(args.out)
-    start, log = 0, []
-    if args.resume:
-        checkpoint = load_checkpoint(out / "last.pt")
-        check_flags(args, checkpoint["args"])
-        start, log = checkpoint["iter"], checkpoint["log"]
-    elif any((out / name).exists() for name in RUN_FILES):
-        stop(f"--out {out} already holds a run; go on with it by --resume, or name another folder")
+    saved = open_run(args)
+    log = saved["log"]
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
@@ -312,7 +314,7 @@ def train(args):
     except ValueError as error:
         stop(error)
 
-    bf16 = set_precision(args.precision, device)
+    precision = set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels)
@@ -327,12 +329,11 @@ def train(args):
     constrain_weights(D, opt_D, args.constraint)
     shown = copy.deepcopy(G) if args.ema else G  # the generator of samples and FID
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "shown": shown}
-    if args.resume:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+    for name in parts.keys() & saved.keys():
+        parts[name].load_state_dict(saved[name])
     state = [tensor for tensor in G.state_dict().values() if tensor.is_floating_point()]
     average = [tensor for tensor in shown.state_dict().values() if tensor.is_floating_point()]
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def noise():
         return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
@@ -356,12 +357,11 @@ def train(args):
     last = log[-1] if log else {"iter": 0, "sec": 0}
     began = time.perf_counter() - last["sec"]
     if RANK == 0:
-        size_G = sum(p.numel() for p in G.parameters())
-        size_D = sum(p.numel() for p in D.parameters())
+        size_G, size_D = (sum(p.numel() for p in net.parameters()) for net in (G, D))
         print(f"{SCRIPT}: {len(images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
-              f"{'bf16' if bf16 else 'fp32'} on {device} ({device_name})", flush=True)
+              f"{precision} on {device} ({device_name})", flush=True)
 
-    it = start  # of a run that is resumed at its end
+    it = start = saved["iter"]
     for it in range(start + 1, args.iters + 1):
         # all randomness of an iteration follows from the seed and its number: no generator states to save
         random.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
@@ -381,7 +381,8 @@ def train(args):
         update(opt_G, g_loss)
         D.requires_grad_(True)
         if args.ema:
-            torch._foreach_lerp_(average, state, 1 - args.ema)
+            # corrected as in Adam: the initial weights have no share
+            torch._foreach_lerp_(average, state, (1 - args.ema) / (1 - args.ema**it))
 
         stop_now = bool(stopping)
         if WORLD > 1:  # all stop together; one more wait beside those of SyncBatchNorm
@@ -395,8 +396,8 @@ def train(args):
         if not (log_now or sample_now or save_now):
             continue  # nothing above waits for the device, everything below does
 
-        losses = torch.stack([d_loss, g_loss, divergence, lipschitz]).tolist()
-        if not all(map(math.isfinite, losses)) or not all(tensor.isfinite().all() for tensor in state):
+        losses = torch.stack([d_loss, g_loss, divergence, lipschitz])
+        if not all(tensor.isfinite().all() for tensor in (losses, *state)):
             stop(f"iteration {it}: the loss or the generator is not finite; try a lower --lr (the last good "
                  f"state, if any was saved, is in {out / 'last.pt'})")
         if RANK == 0:
@@ -408,7 +409,8 @@ def train(args):
                 (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
                 (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
             if log_now:
-                row = dict(zip(("iter", "d_loss", "g_loss", "divergence", "lipschitz"), (it, *losses)))
+                d, g, div, ratio = losses.tolist()
+                row = {"iter": it, "d_loss": d, "g_loss": g, "divergence": div, "lipschitz": ratio}
                 row["sec"] = round(time.perf_counter() - began, 3)
                 pace = max(0.001, row["sec"] - last["sec"]) / (it - last["iter"])
                 row["img_per_sec"] = round(args.d_steps * args.batch_size / pace, 1)
@@ -432,8 +434,7 @@ def train(args):
             break
 
     if RANK == 0 and it < args.iters:
-        again = ["python", *sys.argv, *["--resume"] * (not args.resume)]
-        print(f"stopped and saved at iteration {it}; go on with: {shlex.join(again)}")
+        print(f"stopped and saved at iteration {it}; to go on, give the same command with --resume")
     elif RANK == 0:
         save_gif(out / "samples", out / "progress.gif")
         print(f"done: pictures in {out / 'samples'} and {out / 'progress.gif'}, weights in {out / 'last.pt'}")
@@ -441,13 +442,6 @@ def train(args):
         dist.destroy_process_group()
 
 # ---------------------------------------------------------------- sampling
-def slerp(a, b, steps):
-    """Spherical interpolation from noise a to noise b, each (N, z_dim) -> (N * steps, z_dim)."""
-    angle = F.cosine_similarity(a, b).acos()[:, None, None]
-    t = torch.linspace(0, 1, steps)[:, None]
-    path = (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
-    return path.flatten(0, 1)
-
 def sample(args):
     """Draw from the generator in args.sample into args.out: a grid.png, or a folder of single images."""
     out = Path(args.out)
@@ -459,8 +453,10 @@ def sample(args):
     G.load_state_dict(checkpoint["shown"])
     G.to(args.device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    z = torch.randn(2, args.num_samples, flags["z_dim"])
-    z = slerp(*z, 8)[:args.num_samples] if args.interpolate else z[0]
+    z, goal = torch.randn(2, args.num_samples, flags["z_dim"])
+    if args.interpolate:  # a quarter turn from one noise to the other; each point of it is as normal as they
+        angle = torch.linspace(0, math.pi / 2, 8)[:, None]
+        z = (angle.cos() * z[:, None] + angle.sin() * goal[:, None]).flatten(0, 1)[:args.num_samples]
     if out.suffix == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         save_grid(generate(G, z.to(args.device)), out, 8 if args.interpolate else math.ceil(len(z) ** 0.5))
