@@ -8,7 +8,7 @@ The network is the 2015 Inception of the FID papers with the weights that pytorc
 Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
 Stands alone: needs torch, torchvision, numpy, scipy and Pillow.
 """
-import argparse, glob, hashlib, io, itertools, json, os, re, sys, time, urllib.error, zipfile
+import argparse, glob, hashlib, io, itertools, os, re, sys, time, urllib.error, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,6 +154,9 @@ def load_inception(weights=None, device="cpu"):
         raise ValueError(f"{source} does not fit the network ({first_line(error)}); {hint}") from error
     return inception.to(device)
 
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -183,13 +186,12 @@ def open_images(path):
     return sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n)), read
 
 def measure(path, inception, clean=False, batch_size=50):
-    """A folder, .zip or .npy of images -> (FeatureStats, set of (height, width), names of unreadable images).
+    """A folder, .zip or .npy of images -> (FeatureStats, set of their (height, width)).
 
-    Shows its progress on standard error. Raises ValueError where there is nothing to measure.
+    Tells on standard error how fast it was and what it skipped. Raises ValueError with fewer than two images.
     """
     began = time.perf_counter()
-    path = Path(path)
-    names, read = open_images(path)
+    names, read = open_images(Path(path))
     stats = FeatureStats()
     sizes = set()
     skipped = []
@@ -198,15 +200,9 @@ def measure(path, inception, clean=False, batch_size=50):
         try:
             return read(name)
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            skipped.append(f"{name!a}: {first_line(error)}")
+            skipped.append(f"  skipped {name!a}: {first_line(error)}")
 
-    def report(end):
-        speed = stats.n / (time.perf_counter() - began)
-        progress = f"\r{path.name}: {stats.n:,}/{len(names):,} images, {speed:.1f} img/s"
-        print(progress, end=end, file=sys.stderr, flush=True)
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor() as pool:
         ahead = pool.map(attempt, names[:batch_size])
         for i in range(batch_size, len(names) + batch_size, batch_size):
             batch = [image for image in ahead if image is not None]
@@ -216,13 +212,13 @@ def measure(path, inception, clean=False, batch_size=50):
                 stats.update(inception(images.to(inception.device()), clean))
                 sizes.add(size)
             if sys.stderr.isatty():
-                report(end="")
-    report(end="\n")
+                print(f"\r{path}: {stats.n:,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
+    say(f"{path}: {stats.n:,} images, {stats.n / (time.perf_counter() - began):.1f} img/s")
     for line in skipped[:5]:
-        print(f"  skipped {line}", file=sys.stderr)
+        say(line)
     if stats.n < 2:
         raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
-    return stats, sizes, skipped
+    return stats, sizes
 
 def array_stats(images, inception):
     """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it for the next time."""
@@ -263,7 +259,6 @@ def parse_args():
     flag("--clean", action="store_true", help="resize as clean-fid does")
     flag("--weights", help="file of Inception weights (the published ones, downloaded once)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    flag("--json", action="store_true", help="print a JSON object: distance, counts, skipped images")
     args = parser.parse_args()
     if len(args.sets) != (1 if args.save_stats else 2):
         stop("give two sets to compare, or one set and --save-stats FILE.npz")
@@ -280,40 +275,29 @@ def parse_args():
 
 def stop(message):
     """End with one line and exit code 2."""
-    print(f"fid.py: {message}", file=sys.stderr)
+    say(f"fid.py: {message}")
     sys.exit(2)
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
 def main(args):
+    results = []
+    all_sizes = set()
     if not all(path.endswith(".npz") for path in args.sets):
         inception = load_inception(args.weights, args.device)
-    results = []
-    counts = []
-    bad = []
-    all_sizes = set()
     for path in args.sets:
         if path.endswith(".npz"):
             results.append(load_stats(path))
             continue
-        stats, sizes, skipped = measure(path, inception, args.clean)
+        stats, sizes = measure(path, inception, args.clean)
         results.append((stats.mean, stats.cov))
-        counts.append(stats.n)
-        bad.append(len(skipped))
         all_sizes |= sizes
         if stats.n < DIM:  # the covariance is singular and the FID mostly bias
-            warn(f"{path} has only {stats.n:,} images; a FID from fewer than {DIM:,} is not reliable")
+            say(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {DIM:,} is not reliable")
     if len(all_sizes) > 1:
-        warn(f"the images differ in size {sorted(all_sizes)[:4]}; resizing weighs on the FID")
+        say(f"warning: the images differ in size {sorted(all_sizes)[:4]}; resizing weighs on the FID")
     if args.save_stats:
-        return save_stats(stats, args.save_stats)
-
-    value = frechet_distance(*results[0], *results[1])
-    if args.json:
-        print(json.dumps({"clean_fid" if args.clean else "fid": value, "images": counts, "skipped": bad}))
+        save_stats(stats, args.save_stats)
     else:
-        print(f"{value:.6f}")
+        print(f"{frechet_distance(*results[0], *results[1]):.6f}")
 
 if __name__ == "__main__":
     try:

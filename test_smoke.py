@@ -18,7 +18,7 @@ import data, fid, gan_qp, sgan_sn, wgan_gp
 HERE = Path(__file__).parent
 SCRIPTS = ["gan_qp", "wgan_gp", "sgan_sn"]
 MODULES = [gan_qp, wgan_gp, sgan_sn]
-TINY = ["--data", "synthetic:24", "--img-size", "16", "--batch-size", "4", "--max-channels", "8",
+TINY = ["--data", "synthetic:12", "--img-size", "16", "--batch-size", "4", "--max-channels", "8",
         "--z-dim", "8", "--device", "cpu", "--precision", "fp32"]
 
 @pytest.fixture(scope="session")
@@ -176,21 +176,15 @@ def test_divergence_is_finite(power, lam):
         value.backward()
         assert value.isfinite() and delta.grad.isfinite().all()
 
-@pytest.mark.parametrize("pairwise", [False, True])
-def test_generator_loss_is_delta_alone(pairwise):
+def test_generator_loss_of_pairs_is_delta_alone():
     torch.manual_seed(0)
-    D = gan_qp.Discriminator(16, 8, pairwise).eval()
+    D = gan_qp.Discriminator(16, 8, pairwise=True).eval()
     x_real = torch.randn(4, 3, 16, 16)
     x_fake = torch.randn(4, 3, 16, 16, requires_grad=True)
-    if pairwise:
-        delta = D(torch.cat([x_real, x_fake], 1)) - D(torch.cat([x_fake, x_real], 1))
-    else:
-        delta = D(x_real) - D(x_fake)
+    delta = D(torch.cat([x_real, x_fake], 1)) - D(torch.cat([x_fake, x_real], 1))
     expected, = torch.autograd.grad(delta.mean(), x_fake)
-    for metric, lam in (("l1", 10.0), ("l2", 0.1)):
-        args = argparse.Namespace(metric=metric, lam=lam, power=2, pairwise=pairwise)
-        loss = gan_qp.generator_loss(D, x_real, x_fake, args)
-        torch.testing.assert_close(torch.autograd.grad(loss, x_fake)[0], expected)
+    loss = gan_qp.generator_loss(D, x_real, x_fake, argparse.Namespace(lam=10.0, pairwise=True))
+    torch.testing.assert_close(torch.autograd.grad(loss, x_fake)[0], expected)
 
 def test_lipschitz_ratio_uses_the_metric():
     torch.manual_seed(0)
@@ -264,7 +258,7 @@ def test_point_masses(capsys):
         T = nn.Sequential(nn.Linear(1, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
         a = torch.zeros(64, 1)
         b = torch.full((64, 1), distance)
-        optimizer = torch.optim.Adam(T.parameters(), 1e-2, (0.5, 0.9))
+        optimizer = torch.optim.Adam(T.parameters(), 1e-2, (0.5, 0.9), fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         def value(x_fake):
@@ -573,7 +567,7 @@ def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
     split = tmp_path / "split"
     code, out, _ = cli(script, *flags, "--iters", 7, "--out", whole)
     assert code == 0 and "done" in out and str(whole) in out
-    assert "24 images" in out and "cpu" in out and "fp32" in out
+    assert "12 images" in out and "cpu" in out and "fp32" in out
     names = {"args.json", "log.jsonl", "real.png", "samples", "last.pt", "progress.gif"}
     assert {f.name for f in whole.iterdir()} == names
     assert sorted(f.name for f in (whole / "samples").iterdir()) == ["000003.png", "000006.png", "000007.png"]
@@ -597,8 +591,13 @@ def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
     assert Image.open(tmp_path / "x.png").size == (3 * 18 + 2, 2 * 18 + 2)
     assert cli(script, *sampling, "--out", tmp_path / "y", "--num-samples", 3)[0] == 0
     assert [Image.open(tmp_path / "y" / f"0000{i}.png").size for i in range(3)] == [(16, 16)] * 3
-    assert cli(script, *sampling, "--out", tmp_path / "z.png", "--interpolate", "--num-samples", 16)[0] == 0
-    assert Image.open(tmp_path / "z.png").size == (8 * 18 + 2, 2 * 18 + 2)
+    for name, *flag in (("plain.png",), ("between.png", "--interpolate")):
+        assert cli(script, *sampling, "--out", tmp_path / name, "--num-samples", 16, *flag)[0] == 0
+    between = np.asarray(Image.open(tmp_path / "between.png"))
+    assert between.shape == (2 * 18 + 2, 8 * 18 + 2, 3)
+    for row in (0, 1):  # which begin at the noise of the first images
+        plain = np.asarray(Image.open(tmp_path / "plain.png"))[:18, 18 * row:18 * row + 18]
+        np.testing.assert_allclose(between[18 * row:18 * row + 18, :18], plain, atol=1)
     refused(cli(script, *sampling, "--out", tmp_path / "x.png"), "--out")
     other = SCRIPTS[SCRIPTS.index(script) - 1]
     refused(cli(other, *sampling, "--out", tmp_path / "w.png"), f"{script}.py")
@@ -728,30 +727,32 @@ def test_sigterm_saves_and_says_how_to_go_on(cache, tmp_path):
     stopped = int(re.search(r"saved at iteration (\d+)", said)[1])
     assert weights(tmp_path / "run" / "last.pt")["iter"] == stopped >= 5
 
-def test_sigkill_loses_nothing(cache, tmp_path):
-    flags = [*TINY, "--cache-dir", cache, "--iters", 150]
-    flags += ["--log-every", 1, "--sample-every", 50, "--save-every", 4]
-    command("gan_qp", *flags, "--out", tmp_path / "whole").communicate()
+def test_sigkill_loses_nothing(cli, cache, tmp_path):
+    flags = [*TINY, "--iters", 100, "--log-every", 1, "--sample-every", 50, "--save-every", 4, "--out"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `command` has, or the sums would differ in their last bits
+    assert cli("gan_qp", *flags, tmp_path / "whole")[0] == 0
     out = tmp_path / "killed"
     rng = np.random.default_rng(0)
-    for kill in range(3):
-        process = command("gan_qp", *flags, "--out", out, *(["--resume"] if kill else []))
+    for resume in ([], ["--resume"]):
+        process = command("gan_qp", *flags, out, "--cache-dir", cache, *resume)
         for line in process.stdout:  # once it trains, let it for a random while
             if line.startswith("iter "):
                 break
-        time.sleep(rng.uniform(0.1, 0.5))
+        time.sleep(rng.uniform(0.1, 0.4))
         process.kill()
         process.communicate()
-        weights(out / "last.pt")
-    command("gan_qp", *flags, "--out", out, "--resume").communicate()
+        assert 1 <= weights(out / "last.pt")["iter"] < 100
+    assert cli("gan_qp", *flags, out, "--resume")[0] == 0
+    torch.set_num_threads(threads)
     assert_same(weights(tmp_path / "whole" / "last.pt"), weights(out / "last.pt"))
-    assert [row["iter"] for row in log_of(out)] == list(range(1, 151)) and (out / "progress.gif").exists()
+    assert [row["iter"] for row in log_of(out)] == list(range(1, 101)) and (out / "progress.gif").exists()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on files")
-def test_disk_full(cache, tmp_path):
+def test_disk_full(cli, cache, tmp_path):
     run = tmp_path / "run"
     flags = [*TINY, "--max-channels", 64, "--cache-dir", cache, "--out", run]
-    assert command("gan_qp", *flags, "--iters", 1).wait() == 0
+    assert cli("gan_qp", *flags, "--iters", 1)[0] == 0
     before = (run / "last.pt").read_bytes()
 
     def limit():
@@ -806,7 +807,7 @@ sys.argv = [{path!r}, *sys.argv[1:]]
 runpy.run_path({path!r}, run_name="__main__")
 """
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["gan_qp", "wgan_gp"])  # without and with a penalty
 def test_two_processes(script, cache, tmp_path, inception_file):
     path = HERE / f"{script}.py"
     (tmp_path / "ranks.py").write_text(RANKS.format(here=str(HERE), script=script, path=str(path)))
@@ -822,9 +823,6 @@ def test_two_processes(script, cache, tmp_path, inception_file):
 def test_two_processes_stop_together(cache, tmp_path):
     out = tmp_path / "run"
     flags = [*TINY, "--cache-dir", cache, "--iters", 10 ** 6, "--log-every", 10 ** 5, "--out", out]
-    odd = torchrun(HERE / "gan_qp.py", *flags, "--batch-size", "5")
-    said = odd.communicate()[0]
-    assert odd.returncode != 0 and said.count("a batch of 5 does not divide among 2") == 1, said
     process = torchrun(HERE / "gan_qp.py", *flags)
     while not (out / "last.pt").exists():
         time.sleep(0.1)
@@ -948,8 +946,8 @@ def test_parity_with_pytorch_fid(inception_file, inception, tmp_path, monkeypatc
     mu, sigma = score.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 2048, "cpu")
     np.testing.assert_allclose(mu, a[0], rtol=1e-3, atol=1e-4)
     np.savez(tmp_path / "b.npz", mu=b[0], sigma=b[1])  # theirs, read by us
-    code, out, _ = cli("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--json")
-    assert code == 0 and json.loads(out)["fid"] == pytest.approx(expected, rel=1e-3)
+    code, out, _ = cli("fid", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert code == 0 and float(out) == pytest.approx(expected, rel=1e-3)
     refused(cli("fid", tmp_path / "a.npz", tmp_path / "none"), "none")
     refused(cli("fid", tmp_path / "a.npz"), "--save-stats")
     refused(cli("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--device", "cuda:99"), "--device")
@@ -965,8 +963,8 @@ def test_parity_with_clean_fid():
 def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path, capsys):
     for i, size in enumerate((30, 30, 50)):
         make_image(i, (size, size)).save(tmp_path / f"{i}.png")
-    stats, sizes, skipped = fid.measure(tmp_path, inception)
-    assert stats.n == 3 and sizes == {(30, 30), (50, 50)} and skipped == []
+    stats, sizes = fid.measure(tmp_path, inception)
+    assert stats.n == 3 and sizes == {(30, 30), (50, 50)}
     each = []
     for i, size in enumerate((30, 30, 50)):
         image = torch.from_numpy(np.array(make_image(i, (size, size))))
