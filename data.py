@@ -173,14 +173,10 @@ def open_source(source, cache_dir):
     return names, identity, lambda name, size: decode(fetch(name), size)
 
 # ---------------------------------------------------------------- preparation
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 def in_threads(function, items):
     """function(item) of all items, in order: threads work ahead, which Pillow lets run at once."""
     ahead = deque()
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor() as pool:
         for i in range(0, len(items), 8):  # by eights, or handing over would take as long as a small image
             ahead.append(pool.submit(lambda part: [function(item) for item in part], items[i:i + 8]))
             if len(ahead) == 8:

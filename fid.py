@@ -48,7 +48,6 @@ class FeatureStats:
 
     Memory does not grow with the number of features, and merging is exact.
     """
-
     def __init__(self, dim=DIM):
         self.n = 0
         self.total = np.zeros(dim)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # now: imported after a process group is made, it would keep that alive
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from data import CACHE_DIR, Batches, load_images, pick, replacing, save_gif, save_grid
 from fid import array_stats, drawn_stats, frechet_distance, load_inception
@@ -294,8 +295,8 @@ def train(args):
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "shown": shown}
     for name in parts.keys() & saved.keys():
         parts[name].load_state_dict(saved[name])
-    state = [tensor for tensor in G.state_dict().values() if tensor.is_floating_point()]
-    average = [tensor for tensor in shown.state_dict().values() if tensor.is_floating_point()]
+    latest = [p.detach() for p in G.parameters()]
+    average = [p.detach() for p in shown.parameters()]
     amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def noise():
@@ -312,7 +313,7 @@ def train(args):
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     random = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch.default_generator)
     fixed = torch.Generator().manual_seed(args.seed)
-    fixed_z = torch.randn(max(81, args.fid_samples), args.z_dim, generator=fixed).to(device)
+    fixed_z = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=fixed).to(device)
     columns = min(9, 2048 // args.img_size)  # of a grid, so that it is about 2,000 px wide at most
     stopping = []
     for kind in (signal.SIGINT, signal.SIGTERM):
@@ -343,9 +344,8 @@ def train(args):
             g_loss = generator_loss(D, x_real, G(noise()), args)
         update(opt_G, g_loss)
         D.requires_grad_(True)
-        if args.ema:
-            # corrected as in Adam: the initial weights have no share
-            torch._foreach_lerp_(average, state, (1 - args.ema) / (1 - args.ema**it))
+        if args.ema:  # corrected as in Adam: the initial weights have no share
+            torch._foreach_lerp_(average, latest, (1 - args.ema) / (1 - args.ema**it))
 
         stop_now = bool(stopping)
         if WORLD > 1:  # all stop together; one more wait beside those of SyncBatchNorm
@@ -360,9 +360,11 @@ def train(args):
             continue  # nothing above waits for the device, everything below does
 
         losses = torch.stack([d_loss, g_loss, divergence, lipschitz])
-        if not all(tensor.isfinite().all() for tensor in (losses, *state)):
+        if not all(tensor.isfinite().all() for tensor in (losses, *latest)):
             stop(f"iteration {it}: the loss or the generator is not finite; try a lower --lr (the last good "
                  f"state, if any was saved, is in {out / 'last.pt'})")
+        if args.ema and (sample_now or fid_now or save_now):
+            update_bn(fixed_z[:2048].split(32), shown)  # of averaged weights, it is not the average
         if RANK == 0:
             if it == start + 1:  # not before: a run that fails at once can be started anew
                 (out / "samples").mkdir(parents=True, exist_ok=True)
