@@ -287,8 +287,6 @@ def train(args):
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "shown": shown}
     for name in parts.keys() & saved.keys():
         parts[name].load_state_dict(saved[name])
-    latest = [p.detach() for p in G.parameters()]
-    average = [p.detach() for p in shown.parameters()]
     amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def noise():
@@ -308,8 +306,8 @@ def train(args):
     fixed_z = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=fixed).to(device)
     columns = min(9, 2048 // args.img_size)  # of a grid, so that it is about 2,000 px wide at most
     stopping = []
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: stopping.append(True))
+    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     last = log[-1] if log else {"iter": 0, "sec": 0}
     began = time.perf_counter() - last["sec"]
     if RANK == 0:
@@ -336,8 +334,10 @@ def train(args):
             g_loss = generator_loss(D, x_real, G(noise()), args)
         update(opt_G, g_loss)
         D.requires_grad_(True)
-        if args.ema:  # corrected as in Adam: the initial weights have no share
-            torch._foreach_lerp_(average, latest, (1 - args.ema) / (1 - args.ema**it))
+        if args.ema:
+            share = (1 - args.ema) / (1 - args.ema**it)  # as in Adam: initial weights have no part
+            with torch.no_grad():
+                torch._foreach_lerp_(list(shown.parameters()), list(G.parameters()), share)
 
         stop_now = bool(stopping)
         if WORLD > 1:  # all stop together; one more wait beside those of SyncBatchNorm
@@ -346,17 +346,18 @@ def train(args):
             stop_now = votes.item() > 0
         sample_now = due(args.sample_every)
         fid_now = due(args.fid_every)
-        log_now = due(args.log_every) or fid_now or stop_now
         save_now = due(args.save_every) or it == start + 1 or stop_now
-        if not (log_now or sample_now or save_now):
+        show_now = sample_now or fid_now or save_now
+        log_now = due(args.log_every) or fid_now or stop_now
+        if not (log_now or show_now):
             continue  # nothing above waits for the device, everything below does
 
         losses = torch.stack([d_loss, g_loss, divergence, lipschitz])
-        if not all(tensor.isfinite().all() for tensor in (losses, *latest)):
+        if not all(tensor.isfinite().all() for tensor in (losses, *G.parameters())):
             stop(f"iteration {it}: the loss or the generator is not finite; try a lower --lr (the last good "
                  f"state, if any was saved, is in {out / 'last.pt'})")
-        if args.ema and (sample_now or fid_now or save_now):
-            update_bn(fixed_z[:2048].split(32), shown)  # of averaged weights, it is not the average
+        if args.ema and show_now:  # the statistics of averaged weights are not the average of statistics
+            update_bn(fixed_z[:2048].split(32), shown)
         if RANK == 0:
             if it == start + 1:  # not before: a run that fails at once can be started anew
                 (out / "samples").mkdir(parents=True, exist_ok=True)
