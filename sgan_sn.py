@@ -300,8 +300,7 @@ def train(args):
         with replacing(out / name) as file:
             torch.save({"script": SCRIPT, "iter": it, "log": log, "args": vars(args), **states}, file)
 
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    random = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch.default_generator)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     fixed = torch.Generator().manual_seed(args.seed)
     fixed_z = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=fixed).to(device)
     columns = min(9, 2048 // args.img_size)  # of a grid, so that it is about 2,000 px wide at most
@@ -318,7 +317,7 @@ def train(args):
     it = start = saved["iter"]
     for it in range(start + 1, args.iters + 1):
         # all randomness of an iteration follows from the seed and its number: no generator states to save
-        random.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
         first = (it - 1) * (args.d_steps + 1)  # of the batches of this iteration
         for step in range(args.d_steps):
             x_real = batches[first + step]
