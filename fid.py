@@ -185,14 +185,13 @@ def open_images(path):
     return sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n)), read
 
 def measure(path, inception, clean=False, batch_size=50):
-    """A folder, .zip or .npy of images -> (FeatureStats, set of their (height, width)).
+    """A folder, .zip or .npy of images -> FeatureStats.
 
     Tells on standard error how fast it was and what it skipped. Raises ValueError with fewer than two images.
     """
     began = time.perf_counter()
     names, read = open_images(Path(path))
     stats = FeatureStats()
-    sizes = set()
     skipped = []
 
     def attempt(name):
@@ -206,10 +205,9 @@ def measure(path, inception, clean=False, batch_size=50):
         for i in range(batch_size, len(names) + batch_size, batch_size):
             batch = [image for image in ahead if image is not None]
             ahead = pool.map(attempt, names[i:i + batch_size])  # decoded while this batch is measured
-            for size, same in itertools.groupby(batch, key=lambda image: image.shape[:2]):
+            for _, same in itertools.groupby(batch, key=np.shape):  # each at the size it has
                 images = torch.from_numpy(np.stack(list(same))).permute(0, 3, 1, 2)
                 stats.update(inception(images.to(inception.device()), clean))
-                sizes.add(size)
             if sys.stderr.isatty():
                 print(f"\r{path}: {stats.n:,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
     say(f"{path}: {stats.n:,} images, {stats.n / (time.perf_counter() - began):.1f} img/s")
@@ -217,13 +215,13 @@ def measure(path, inception, clean=False, batch_size=50):
         say(line)
     if stats.n < 2:
         raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
-    return stats, sizes
+    return stats
 
 def array_stats(images, inception):
     """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it for the next time."""
     cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
     if not cache.exists():
-        save_stats(measure(images.filename, inception)[0], cache)
+        save_stats(measure(images.filename, inception), cache)
     return load_stats(cache)
 
 def drawn_stats(batches, inception):
@@ -279,20 +277,16 @@ def stop(message):
 
 def main(args):
     results = []
-    all_sizes = set()
     if not all(path.endswith(".npz") for path in args.sets):
         inception = load_inception(args.weights, args.device)
     for path in args.sets:
         if path.endswith(".npz"):
             results.append(load_stats(path))
             continue
-        stats, sizes = measure(path, inception, args.clean)
+        stats = measure(path, inception, args.clean)
         results.append((stats.mean, stats.cov))
-        all_sizes |= sizes
         if stats.n < DIM:  # the covariance is singular and the FID mostly bias
             say(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {DIM:,} is not reliable")
-    if len(all_sizes) > 1:
-        say(f"warning: the images differ in size {sorted(all_sizes)[:4]}; resizing weighs on the FID")
     if args.save_stats:
         save_stats(stats, args.save_stats)
     else:

@@ -967,11 +967,11 @@ def test_parity_with_clean_fid():
         ours = fid.clean_resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
         np.testing.assert_allclose(ours, resize.build_resizer("clean")(image), atol=0.02)
 
-def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path, capsys):
+def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path):
     for i, size in enumerate((30, 30, 50)):
         make_image(i, (size, size)).save(tmp_path / f"{i}.png")
-    stats, sizes = fid.measure(tmp_path, inception)
-    assert stats.n == 3 and sizes == {(30, 30), (50, 50)}
+    stats = fid.measure(tmp_path, inception)
+    assert stats.n == 3
     each = []
     for i, size in enumerate((30, 30, 50)):
         image = torch.from_numpy(np.array(make_image(i, (size, size))))
