@@ -1,90 +1,772 @@
 """Images for training: any source -> one uint8 array on disk -> endless, seekable batches.
 
-    python data.py photos/ --img-size 128        prepare a folder, and see what a network will see
-    images = load_images("photos.zip", 128)      read-only memory map, uint8 (N, 128, 128, 3)
-    batches = Batches(images, 64, "cuda")        batches[k] is the k-th batch, whatever was asked before
+    python data.py photos/ --img-size 128      prepare a folder, and see what a network will see
+    images = load_images("photos.zip", 128)    read-only memory map, uint8 (N, 128, 128, 3)
+    batches = Batches(images, 64, "cuda")      batches[k] is the k-th batch, in any order you ask
 
-Every image is decoded, centre-cropped and resized once; training then reads nothing but the array.
+Every image is decoded, centre-cropped and resized once. Training then reads only the array.
 """
-import argparse, contextlib, glob, hashlib, inspect, io, json, os, random, re, shutil, sqlite3, sys, time
+import argparse
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import os
+import random
+import re
+import shutil
+import sqlite3
+import stat
+import sys
+import time
+import warnings
 import zipfile
-from collections import deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps, TiffImagePlugin
 
 CACHE_DIR = "~/.cache/gan-qp"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-VERSION = 4  # raise it when the same source would give other pixels: caches are then made anew
+SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
+VERSION = 5  # raise it when the same source would give other pixels: caches are then made anew
+
+
+# ---------------------------------------------------------------- what to import
+
+
+def load_images(source, img_size, cache_dir=None, quiet=False):
+    """Prepare `source` at `img_size`, or find it prepared; return the images as one array.
+
+    source: a folder, a .zip, "torchvision:NAME", "synthetic" (10,000 drawn faces) or "synthetic:N".
+    Returns a read-only memory map, uint8 (N, img_size, img_size, 3), sRGB. Files that cannot be
+    read are skipped and named on standard error. A source that has changed is prepared anew.
+    Raises ValueError with one line if the source is at fault, OSError if the disk is.
+    """
+    began = time.perf_counter()
+    cache_dir = expand_home(cache_dir or CACHE_DIR)
+    opened = open_source(str(source), cache_dir)
+    key = json.dumps([VERSION, opened.identity, img_size])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    stem = re.sub("[^a-zA-Z0-9]", "-", Path(source).stem)[:40] or "images"
+    path = cache_dir / f"{stem}-{img_size}-{digest}.npy"
+
+    how = "prepared before"
+    if not is_prepared(path):
+        with file_lock(cache_dir / "lock.sqlite"):
+            if not is_prepared(path):  # another process may have prepared it in the meantime
+                make_room(cache_dir, source, len(opened.names) * img_size**2 * 3, quiet)
+                prepare(opened, img_size, path, quiet)
+        how = f"prepared in {time.perf_counter() - began:.1f} s"
+
+    images = np.load(path, mmap_mode="r")
+    if not quiet:
+        skipped = read_record(path)["skipped"]
+        counts = f"{len(images):,} images of {img_size} px, {len(skipped):,} skipped"
+        say(f"{source}: {counts}, {how}")
+        for line in [*list_skipped(skipped, path), *opened.left_out]:
+            say(f"  {line}")
+    return images
+
+
+class Batches:
+    """Endless training batches; `batches[k]` is a pure function of (seed, k, rank).
+
+    images: uint8 (N, S, S, 3); batch_size: over all `world` processes together. `batches[k]` is
+    this rank's part of global batch k: float32 (batch_size / world, 3, S, S) in [-1, 1] on
+    `device`. Each epoch is a permutation of its own, so every image comes once before any comes
+    twice. On CUDA the whole array moves to the device if it fits in half of the free memory;
+    otherwise a thread prepares the next batches in pinned memory.
+    """
+
+    def __init__(self, images, batch_size, device, seed=0, flip=False, rank=0, world=1):
+        if batch_size % world:
+            raise ValueError(f"a batch of {batch_size} does not divide among {world} processes")
+        self.images = images
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.flip = flip
+        self.local = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.permutations = {}  # of the latest epochs
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = {}  # batches that the thread is working on
+
+        self.fetch = self.from_disk
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if images.nbytes > free / 2:
+                self.fetch = self.from_thread
+            else:
+                self.resident = self.on_device()
+                self.fetch = self.from_device
+
+    def __getitem__(self, k):
+        batch = self.fetch(k).permute(0, 3, 1, 2)
+        batch = batch.float().div_(127.5).sub_(1)
+        if self.flip:
+            # The 1 keeps these random numbers apart from those of the permutations.
+            numbers = np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local]
+            flipped = torch.from_numpy(numbers < 0.5).to(self.device, non_blocking=True)
+            batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
+        if self.device.type == "mps":
+            batch = batch.contiguous()  # torch < 2.14: wrong batch norm gradients if channels last
+        return batch
+
+    def permutation(self, epoch):
+        if epoch not in self.permutations:
+            if len(self.permutations) == 2:
+                self.permutations.clear()
+            rng = np.random.default_rng((self.seed, epoch))
+            self.permutations[epoch] = rng.permutation(len(self.images))
+        return self.permutations[epoch]
+
+    def indices(self, k):
+        """Which images this rank's part of batch k holds, (batch_size / world,)."""
+        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.local]
+        epochs, places = np.divmod(positions, len(self.images))
+        parts = []
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            parts.append(self.permutation(epoch)[places[epochs == epoch]])
+        return np.concatenate(parts)
+
+    def from_disk(self, k):
+        return torch.from_numpy(self.images[self.indices(k)]).to(self.device)
+
+    def on_device(self):
+        """All images, copied to the device in parts."""
+        resident = torch.empty(self.images.shape, dtype=torch.uint8, device=self.device)
+        for i in range(0, len(self.images), 1024):
+            resident[i:i + 1024] = torch.from_numpy(np.array(self.images[i:i + 1024]))
+        return resident
+
+    def from_device(self, k):
+        indices = torch.from_numpy(self.indices(k)).pin_memory()
+        return self.resident[indices.to(self.device, non_blocking=True)]
+
+    def from_thread(self, k):
+        wanted = (k, k + 1, k + 2)
+        self.ahead = {j: batch for j, batch in self.ahead.items() if j in wanted}
+        for j in wanted:
+            if j not in self.ahead:
+                self.ahead[j] = self.thread.submit(self.pinned, j)
+        return self.ahead[k].result().to(self.device, non_blocking=True)
+
+    def pinned(self, k):
+        """Batch k in memory from which a GPU can copy while the CPU does something else."""
+        indices = self.indices(k)
+        shape = (len(indices), *self.images.shape[1:])
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        # With mode="clip" numpy writes straight into `out`; the default makes a copy first.
+        np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")
+        return batch
+
+
+def fingerprint(images):
+    """SHA-256 of the contents of an array that `load_images` returned, as text.
+
+    It tells whether two runs saw the same images in the same order, wherever these came from.
+    """
+    return read_record(Path(images.filename))["sha256"]
+
+
+# ---------------------------------------------------------------- sources
+# A source has `names` (one for each image), `read(i, size)` (image i, a PIL image of (size, size)),
+# `identity` (what changes when its images do) and `left_out` (lines about files that are not used).
+
+
+def open_source(source, cache_dir):
+    """The source that this text describes. Raises ValueError if there is none."""
+    kind, _, rest = source.partition(":")
+    if source == "synthetic":
+        return SyntheticFaces(10_000)
+    if kind == "synthetic" and rest.isdecimal() and int(rest):
+        return SyntheticFaces(int(rest))
+    if kind == "torchvision":
+        return TorchvisionSet(rest, cache_dir)
+
+    if not source.strip():
+        raise ValueError(f"the name of the images is empty; give {SOURCES}")
+    path = Path(os.path.realpath(expand_home(source)))
+    if path.is_dir():
+        opened = Folder(path)
+    elif path.is_file() and path.suffix.lower() == ".zip":
+        opened = ZipArchive(path)
+    else:
+        raise ValueError(f"{source} is none of these: {SOURCES}")
+    if not opened.names:
+        raise ValueError("; ".join([f"{source} holds no images", *opened.left_out]))
+    return opened
+
+
+class SyntheticFaces:
+    """Faces 0 to count - 1 of the crowd that `draw_face` draws."""
+
+    left_out = []
+
+    def __init__(self, count):
+        self.names = range(count)
+        self.identity = f"synthetic:{count}"
+
+    def read(self, i, size):
+        return draw_face(i, size)
+
+
+class TorchvisionSet:
+    """A data set of torchvision.datasets, downloaded if it is one of those that can be."""
+
+    left_out = []
+
+    def __init__(self, name, cache_dir):
+        self.identity = f"torchvision:{name}"
+        try:
+            import torchvision  # here, because it takes seconds
+
+            dataset = getattr(torchvision.datasets, name)
+            options = {"root": str(cache_dir / name), "download": True}
+            known = inspect.signature(dataset).parameters
+            with file_lock(cache_dir / "lock.sqlite"):
+                self.images = dataset(**{key: options[key] for key in options if key in known})
+            self.names = range(len(self.images))
+        except Exception as error:  # no such name, no network, a manual download, other arguments
+            hint = "download its images yourself and name their folder"
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.identity} is not available ({reason}); {hint}") from error
+
+    def read(self, i, size):
+        image = self.images[i][0]
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{self.identity} holds {type(image).__name__} items, not images")
+        return to_square(image, size)
+
+
+class Folder:
+    """The images of a folder and its subfolders. Links are followed, each real folder once."""
+
+    def __init__(self, path):
+        self.path = path
+        extensions = picture_extensions()
+        others = Counter()
+        unreadable = []
+        found = {}
+
+        for folder, hidden, files in walk(path, unreadable.append):
+            others["hidden"] += hidden
+            for file in files:
+                name = Path(folder, file).relative_to(path).as_posix()
+                kind = other_kind(name, extensions)
+                status = None if kind else file_status(path / name)
+                if status:
+                    found[name] = [status.st_size, status.st_mtime_ns]
+                else:
+                    others[kind or "no regular file"] += 1
+
+        self.names = sorted(found)
+        self.identity = [str(path), self.names, [found[name] for name in self.names]]
+        self.left_out = list_others(others)
+        if others[".zip"]:
+            self.left_out.append("a .zip in a folder is not opened; unpack it, or name it instead")
+        for error in unreadable[:5]:
+            self.left_out.append(f"{error.filename!a} cannot be read ({error.strerror})")
+
+    def read(self, i, size):
+        return decode(self.path / self.names[i], size)
+
+
+class ZipArchive:
+    """The images of a zip archive, which is read as it is and not unpacked."""
+
+    def __init__(self, path):
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is not a whole zip archive: {error}") from error
+        extensions = picture_extensions()
+        others = Counter()
+        self.entries = []
+        for entry in self.archive.infolist():
+            kind = other_kind(entry.filename, extensions)
+            if entry.is_dir():
+                continue
+            if kind:
+                others[kind] += 1
+            else:
+                self.entries.append(entry)
+
+        # One name may stand for several entries, so each is read by its entry.
+        self.entries.sort(key=lambda entry: entry.filename)
+        self.names = [entry.filename for entry in self.entries]
+        status = os.stat(path)
+        self.identity = [str(path), self.names, [status.st_size, status.st_mtime_ns]]
+        self.left_out = list_others(others)
+
+    def read(self, i, size):
+        return decode(io.BytesIO(self.archive.read(self.entries[i])), size)
+
+
+def walk(path, on_error):
+    """os.walk -> (folder, number of hidden subfolders, files) of each real folder, once.
+
+    Links are followed, but not upwards: that would bring in what lies beside the source.
+    """
+    visited = {str(parent) for parent in path.parents}
+    for folder, subfolders, files in os.walk(path, followlinks=True, onerror=on_error):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        visible = sorted(name for name in subfolders if not is_hidden(name))
+        hidden = len(subfolders) - len(visible)
+        subfolders[:] = visible  # what os.walk searches next
+        yield folder, hidden, files
+
+
+def file_status(path):
+    """os.stat of a regular file; None for a link that leads nowhere, a pipe or a device."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def is_hidden(name):
+    return name == "__MACOSX" or name.startswith(".") and name not in (".", "..")
+
+
+def other_kind(name, extensions):
+    """What a file is that is not taken for an image: "hidden" or its extension; else None."""
+    if any(is_hidden(part) for part in name.split("/")):
+        return "hidden"
+    extension = os.path.splitext(name)[1].lower()
+    if extension in extensions:
+        return None
+    return extension or "without an extension"
+
+
+def list_others(others):
+    """One line that counts the files that are not images, or none."""
+    others = +others  # without zeros
+    if not others:
+        return []
+    total = sum(others.values())
+    kinds = [f"{count:,} {kind}" for kind, count in others.most_common(6)]
+    if len(others) > len(kinds):
+        kinds.append("...")
+    return [f"{total:,} other file{'s' * (total > 1)}: {', '.join(kinds)}"]
+
+
+# ---------------------------------------------------------------- one image
+
+# Pillow opens these too, but they are documents, films or measurements, not pictures.
+NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
+
+# Which modes of a colour profile suit an image of this mode; RGB suits all others.
+PROFILE_MODES = {"1": ["L", "RGB"], "L": ["L", "RGB"], "LA": ["L", "RGB"], "CMYK": ["CMYK"]}
+
+# PNG keeps the transparent colour at the depth of the file: factors to 8 bits, by raw mode.
+TO_EIGHT_BITS = {"1": 255, "L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
+
+
+def decode(file, size):
+    """An image file (path or file object), of an animation the first frame -> its `to_square`."""
+    with Image.open(file, formats=picture_formats()) as image:
+        image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 of the size
+        return to_square(image, size)
+
+
+def picture_formats():
+    """Pillow's names of the formats of pictures that it can open, in the order it tries them."""
+    formats = set(Image.registered_extensions().values()) - NOT_PICTURES
+    return [name for name in Image.ID if name in formats]
+
+
+def picture_extensions():
+    formats = {*picture_formats(), "MPO"}  # MPO is opened as JPEG
+    return {name for name, format in Image.registered_extensions().items() if format in formats}
+
+
+def to_square(image, size):
+    """Any PIL image -> RGB, upright, sRGB, over white, centre-cropped and resized to (size, size).
+
+    Raises ValueError if its pixel values have no defined range.
+    """
+    scale_transparent_color(image)
+    image.load()
+    image = upright(in_eight_bits(image))
+    image = to_srgb(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def scale_transparent_color(image):
+    """Bring a PNG's transparent colour to 8 bits, as Pillow does with the pixels."""
+    color = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or color is None or not tiles:
+        return
+    factor = TO_EIGHT_BITS.get(tiles[0][3])
+    if factor and isinstance(color, tuple):
+        image.info["transparency"] = tuple(int(value * factor) for value in color)
+    elif factor:
+        image.info["transparency"] = min(int(color * factor), 255)
+
+
+def in_eight_bits(image):
+    """16-bit grey -> 8-bit grey; any other image as it is, if its range is defined."""
+    tags = getattr(image, "tag_v2", {})  # only TIFF has them
+    signed_or_float = {2, 3} & set(tags.get(TiffImagePlugin.SAMPLEFORMAT, ()))
+    sixteen_bits = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen_bits = True  # Pillow before 11.3, and any PGM
+    if signed_or_float or image.mode[0] in "IF" and not sixteen_bits:
+        raise ValueError("float, 32-bit or signed pixels: convert it to 8 or 16 bits")
+    if not sixteen_bits:
+        return image
+
+    white = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, [16])[0] - 1  # also 12 bits
+    grey = np.asarray(image).astype(np.float32)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # WhiteIsZero
+        grey = white - grey
+    info = dict(image.info)
+    transparent = info.pop("transparency", None)
+    if transparent is not None:
+        grey[grey == transparent] = white
+    result = Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
+    result.info = info
+    return result
+
+
+def upright(image):
+    """The image turned as its metadata says; metadata that cannot be read are ignored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # malformed EXIF raises nearly every kind of error
+        return image
+
+
+def to_srgb(image):
+    """An 8-bit image -> RGB, or RGBA if it has transparency, its colour profile applied."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    transform = srgb_transform(image.info.get("icc_profile"))
+    if transform and transform.input_mode in PROFILE_MODES.get(image.mode, ["RGB"]):
+        colors = transform.apply(image.convert(transform.input_mode))
+    else:
+        colors = image if image.mode == "RGB" else image.convert("RGB")
+    if image.has_transparency_data:
+        colors.putalpha(image.convert("RGBA").getchannel("A"))
+    return colors
+
+
+@lru_cache(maxsize=16)  # threads may share a transform: LittleCMS only reads it
+def srgb_transform(profile):
+    """Pillow's transform from a colour profile (bytes) to sRGB, 8 bits a channel.
+
+    None if nothing is to be done: no profile, sRGB itself, a broken one, a Pillow without ImageCms.
+    """
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[space]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode != "RGB":
+            return transform
+        colors = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1)
+        colors = Image.fromarray(colors.reshape(1, -1, 3))
+        same = np.abs(np.int16(transform.apply(colors)) - np.int16(colors)).max() <= 1
+        return None if same else transform
+    except Exception:  # LittleCMS and Pillow raise several kinds of errors for broken profiles
+        return None
+
+
+# ---------------------------------------------------------------- preparation
+
+HEADER_SIZE = 128  # bytes of numpy's header, for any number of images
+
+
+def prepare(source, size, path, quiet):
+    """Write all images of a source into the array `path`, and a record in JSON beside it.
+
+    The record holds the SHA-256 of the images, and the name and the error of each skipped one.
+    """
+    skipped = []
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        file.seek(HEADER_SIZE)  # the header goes in last, when the number of images is known
+        for done, (pixels, error) in enumerate(decode_all(source, size)):
+            if error:
+                skipped.append([str(source.names[done]), error])
+            else:
+                file.write(pixels)
+                digest.update(pixels)
+            if not quiet and sys.stderr.isatty() and done % 64 == 0:
+                progress = f"\rpreparing {done:,}/{len(source.names):,}"
+                print(progress, end="\r", file=sys.stderr, flush=True)
+
+        count = len(source.names) - len(skipped)
+        if count == 0:
+            name, error = skipped[0]
+            raise ValueError(f"no readable image among {len(skipped):,}; {name!a}: {error}")
+        file.seek(0)
+        shape = (count, size, size, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    with atomic_write(record_path(path)) as file:
+        file.write(json.dumps({"sha256": digest.hexdigest(), "skipped": skipped}).encode())
+
+
+def decode_all(source, size):
+    """Decode in threads, which Pillow lets run at once -> (pixels, None) or (None, error) each."""
+
+    def decode_block(block):
+        results = []
+        for i in block:
+            try:
+                results.append((source.read(i, size).tobytes(), None))
+            except Exception as error:  # Pillow raises nearly every kind of error for bad files
+                results.append((None, f"{type(error).__name__}: {error}"))
+        return results
+
+    # A thread takes eight images at a time: handing over one takes as long as a small image.
+    everything = range(len(source.names))
+    blocks = [everything[i:i + 8] for i in range(0, len(everything), 8)]
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for i in range(0, len(blocks), 64):  # no more at once, in case the disk is slower
+            for results in pool.map(decode_block, blocks[i:i + 64]):
+                yield from results
+
+
+def make_room(cache_dir, source, needed, quiet):
+    """Remove what killed processes left, and check that `needed` bytes are free."""
+    for leftover in cache_dir.glob("*.npy.tmp"):  # nobody is writing it: we hold the lock
+        leftover.unlink()
+    free = shutil.disk_usage(cache_dir).free
+    room = f"{needed / 1e9:.3f} GB for {source}, {free / 1e9:.3f} GB are free in {cache_dir}"
+    if needed > free:
+        raise OSError(f"{room}; make room, or name another --cache-dir")
+    if not quiet:
+        say(room)
+
+
+def say(line):
+    """One line on standard error, whatever bytes the names of files hold."""
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def record_path(path):
+    return path.with_suffix(".json")
+
+
+def read_record(path):
+    return json.loads(record_path(path).read_text())
+
+
+def is_prepared(path):
+    return path.exists() and record_path(path).exists()
+
+
+def list_skipped(skipped, path):
+    """Lines that name the first skipped images, and say where the others are named."""
+    lines = [f"{name!a}: {error}" for name, error in skipped[:5]]
+    if len(skipped) > 5:
+        lines.append(f"... and {len(skipped) - 5:,} more, named in {record_path(path)}")
+    return lines
+
 
 # ---------------------------------------------------------------- files
+
+
+def expand_home(path):
+    """The path with ~ replaced by the home directory. Raises OSError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OSError(f"{path}: the home directory is not known; write the whole path") from error
+
+
 @contextlib.contextmanager
-def replacing(path):
-    """A binary file to write into, renamed to `path` once it is whole. Raises OSError where that fails."""
+def atomic_write(path):
+    """A binary file to write into, renamed to `path` once it is whole. Failures are OSError."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # a full disk, of which torch.save makes a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}); what was there before is intact") from error
+        replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        message = f"{path} could not be written ({reason}); what was there before is intact"
+        raise OSError(message) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def replace(source, target):
+    """os.replace, tried for two seconds: Windows refuses it while somebody reads the target."""
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
 
 @contextlib.contextmanager
-def locked(folder):
-    """Make the folder; of several processes, let one after the other do what follows.
+def file_lock(path, wait=True):
+    """Hold an exclusive lock on the file `path`, whose folder is made if it is missing.
 
-    SQLite's lock serves because it works on every system, and ends with its process however that ends.
+    With wait=False, raises BlockingIOError if another process holds the lock; OSError if the
+    folder cannot be used. The lock is SQLite's: it works on every system, and ends with its
+    process, however that ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(folder / "lock.sqlite", timeout=1, isolation_level=None)
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = sqlite3.connect(path, timeout=1 if wait else 0, isolation_level=None)
+    except (OSError, sqlite3.Error) as error:
+        raise OSError(f"the folder {path.parent} cannot be used ({error})") from error
     with contextlib.closing(lock):
         while not lock.in_transaction:
             try:
                 lock.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
+            except sqlite3.Error as error:
                 if "locked" not in str(error):
-                    raise OSError(f"{folder} cannot be locked ({error}); name another --cache-dir") from error
+                    raise OSError(f"{path} cannot be locked ({error})") from error
+                if not wait:
+                    raise BlockingIOError(f"{path} is locked by another process") from error
         yield
 
-# ---------------------------------------------------------------- one image
-def square(image, size):
-    """Any PIL image -> RGB, upright, over white, centre-cropped and resized (Lanczos) to (size, size)."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16-bit, 32-bit or float grey: convert() would clip it instead of scaling it
-        grey = np.asarray(image, dtype=np.float32)
-        high = image.mode.startswith("I;16") or grey.max() > 255
-        top = 65535 if high else max(1, 255 * (grey.max() > 1))
-        image = Image.fromarray((grey.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
 
-def decode(file, size):
-    """An image file (path or file object), of an animation the first frame -> its `square`."""
-    with Image.open(file) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # of which Pillow only warns
-            raise ValueError(f"{image.width} x {image.height} pixels are too many: a decompression bomb?")
-        image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8, twice what is needed
-        return square(image, size)
+# ---------------------------------------------------------------- pictures
 
-WALLS = [(205, 210, 220), (140, 165, 200), (130, 150, 130), (195, 175, 150), (105, 115, 135)]
-SKINS = [(255, 219, 190), (241, 194, 155), (224, 172, 120), (198, 134, 80), (141, 85, 50), (96, 60, 40)]
-HAIRS = [(30, 24, 22), (70, 45, 30), (115, 75, 40), (190, 150, 80), (140, 60, 30), (170, 170, 170)]
-EYES = [(60, 40, 25), (70, 110, 160), (80, 120, 70), (40, 30, 30)]
-CLOTHES = [(70, 80, 110), (150, 60, 60), (60, 110, 90), (190, 180, 160), (50, 50, 55), (120, 90, 130)]
+
+def save_grid(images, path, columns):
+    """uint8 images, a tensor (N, S, S, 3) -> one picture, `columns` images wide."""
+    from torchvision.utils import make_grid  # here, because it takes seconds
+
+    grid = make_grid(images.cpu().permute(0, 3, 1, 2), columns).permute(1, 2, 0)
+    with atomic_write(path) as file:
+        # For PNG, level 1 is several times as fast as the default, and little larger.
+        Image.fromarray(grid.numpy()).save(file, picture_format(path), compress_level=1)
+
+
+def picture_format(path):
+    """Pillow's name of the format that the extension stands for, or None."""
+    return Image.registered_extensions().get(Path(path).suffix.lower())
+
+
+def is_picture_name(path):
+    """Can Pillow write a picture of this extension, whole and in colour? A small one tells."""
+    size = (300, 8)  # icons would be made smaller
+    file = io.BytesIO()
+    try:
+        Image.new("RGB", size).save(file, picture_format(path) or "none")
+        with Image.open(file, formats=picture_formats()) as image:
+            return image.size == size
+    except Exception:  # each format has errors of its own
+        return False
+
+
+def evenly_spaced(images, n):
+    """n of the images, or all if they are fewer: array (N, S, S, 3) -> tensor (n, S, S, 3)."""
+    places = np.linspace(0, len(images) - 1, min(n, len(images)))
+    return torch.from_numpy(images[places.astype(int)])
+
+
+def save_animation(folder, path):
+    """The grids in `folder` (000500.png and so on), at most 50, as an animated GIF.
+
+    Pictures that cannot be read are left out. If none is left, nothing is written.
+    """
+    files = [file for file in Path(folder).glob("*.png") if file.stem.isdecimal()]
+    files.sort(key=lambda file: int(file.stem))
+    frames = []
+    for place in np.unique(np.linspace(0, max(0, len(files) - 1), 50).astype(int)):
+        with contextlib.suppress(Exception), Image.open(files[place]) as picture:
+            frames.append(ImageOps.contain(picture.convert("RGB"), (600, 600)))
+    if frames:
+        with atomic_write(path) as file:
+            options = {"save_all": True, "append_images": frames[1:], "duration": 150, "loop": 0}
+            frames[0].save(file, "GIF", **options)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def fail(message):
+    print(f"data.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Prepare images for training, and see them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = fail  # one line, without the list of flags
+    parser.add_argument("source", help=SOURCES)
+    parser.add_argument("--img-size", type=int, default=128, help="width and height in pixels")
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where the prepared array goes")
+    args = parser.parse_args()
+    if not 1 <= args.img_size <= 4096:
+        fail(f"--img-size {args.img_size} must be from 1 to 4096")
+
+    try:
+        images = load_images(args.source, args.img_size, args.cache_dir)
+        array = Path(images.filename)
+        preview = array.with_suffix(".png")
+        columns = max(1, min(8, 2048 // args.img_size))
+        with file_lock(array.parent / "lock.sqlite"):
+            save_grid(evenly_spaced(images, columns**2), preview, columns)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted")
+    print(f"array   {array}\npreview {preview}")
+
+
+# ---------------------------------------------------------------- drawn faces
+
+WALLS = [
+    (205, 210, 220), (140, 165, 200), (130, 150, 130),
+    (195, 175, 150), (105, 115, 135),
+]
+SKINS = [
+    (255, 219, 190), (241, 194, 155), (224, 172, 120),
+    (198, 134, 80), (141, 85, 50), (96, 60, 40),
+]
+HAIRS = [
+    (30, 24, 22), (70, 45, 30), (115, 75, 40),
+    (190, 150, 80), (140, 60, 30), (170, 170, 170),
+]
+EYES = [
+    (60, 40, 25), (70, 110, 160), (80, 120, 70),
+    (40, 30, 30),
+]
+CLOTHES = [
+    (70, 80, 110), (150, 60, 60), (60, 110, 90),
+    (190, 180, 160), (50, 50, 55), (120, 90, 130),
+]
+
 
 def draw_face(index, size):
-    """Face number `index` of the synthetic crowd, a PIL image of (size, size), the same on every run."""
+    """Face number `index` of the synthetic crowd, always the same: a PIL image of (size, size)."""
     rng = random.Random(index)
     between = rng.uniform
     canvas = size * (4 if size <= 128 else 2)  # drawn larger and scaled down: antialiasing
@@ -125,230 +807,6 @@ def draw_face(index, size):
     oval(lips, front, y + 0.17, between(0.055, 0.085), between(0.012, 0.022), light=0.72)
     return image.resize((size, size), Image.Resampling.BOX)
 
-# ---------------------------------------------------------------- sources
-def folder_or_zip(path):
-    """-> (sorted names of its images, what changes when it does, function of a name to open it)."""
-    if path.is_dir():
-        names = [name for name in glob.glob("**/*", root_dir=path, recursive=True) if (path / name).is_file()]
-        fetch = path.joinpath
-    else:
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        fetch = lambda name: io.BytesIO(archive.read(name))
-    hidden = re.compile(r"(^|/)(\.(?!\./)|__MACOSX/)")
-    names = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not hidden.search(name))
-    stats = [os.stat(file) for file in (map(path.joinpath, names) if path.is_dir() else [path])]
-    return names, [str(path), names, [(s.st_size, s.st_mtime_ns) for s in stats]], fetch
-
-def torchvision_set(name, folder):
-    """torchvision.datasets' NAME, downloaded if it is one of those that can be."""
-    import torchvision  # here: it takes seconds
-    try:
-        kind = getattr(torchvision.datasets, name)
-        options = {"root": str(folder / name), "download": True}
-        known = inspect.signature(kind).parameters
-        with locked(folder):
-            return kind(**{key: value for key, value in options.items() if key in known})
-    except Exception as error:  # no such name, no network, a manual download, arguments of its own
-        hint = "get its images yourself and name the folder"
-        raise ValueError(f"torchvision:{name} is not available ({error}); {hint}") from error
-
-def open_source(source, cache_dir):
-    """-> (names, identity, function of (name, size) that returns a square image). Raises ValueError."""
-    kind, _, rest = source.partition(":")
-    path = Path(source).expanduser().resolve()
-    if source == "synthetic" or kind == "synthetic" and rest.isdigit() and int(rest):
-        return range(int(rest or 10000)), source, draw_face
-    if kind == "torchvision":
-        dataset = torchvision_set(rest, cache_dir)
-        return range(len(dataset)), source, lambda i, size: square(dataset[i][0], size)
-    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
-        raise ValueError(f"{source} is neither a folder, a .zip, torchvision:NAME, synthetic nor synthetic:N")
-    try:
-        names, identity, fetch = folder_or_zip(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is not a whole zip archive: {error}") from error
-    if not names:
-        raise ValueError(f"{source} holds no images ({' '.join(EXTENSIONS)})")
-    return names, identity, lambda name, size: decode(fetch(name), size)
-
-# ---------------------------------------------------------------- preparation
-def in_threads(function, items):
-    """function(item) of all items, in order: threads work ahead, which Pillow lets run at once."""
-    ahead = deque()
-    with ThreadPoolExecutor() as pool:
-        for i in range(0, len(items), 8):  # by eights, or handing over would take as long as a small image
-            ahead.append(pool.submit(lambda part: [function(item) for item in part], items[i:i + 8]))
-            if len(ahead) == 8:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-
-def prepare(names, read, size, path):
-    """Write all images into the array `path`, and into a .json beside it which were skipped, and why."""
-    def attempt(name):
-        try:
-            return read(name, size).tobytes()
-        except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            return f"{type(error).__name__}: {error}"
-
-    def write_header(file, n):  # numpy leaves room for the count: a second header is as long as the first
-        file.seek(0)
-        fields = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
-        np.lib.format.write_array_header_1_0(file, fields)
-
-    skipped = []
-    with replacing(path) as file:
-        write_header(file, len(names))
-        for done, (name, result) in enumerate(zip(names, in_threads(attempt, names)), 1):
-            if isinstance(result, bytes):
-                file.write(result)
-            else:
-                skipped.append((str(name), result))
-            if sys.stderr.isatty() and done % 64 == 0:
-                print(f"\rpreparing {done:,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
-        if len(skipped) == len(names):
-            name, reason = skipped[0]
-            raise ValueError(f"no readable image among {len(names):,}; the first, {name!a}: {reason}")
-        write_header(file, len(names) - len(skipped))
-        path.with_suffix(".json").write_text(json.dumps(skipped))
-
-def load_images(source, img_size, cache_dir=None, quiet=False):
-    """Prepare `source` at `img_size`, or find it prepared -> read-only memory map, uint8 (N, S, S, 3), RGB.
-
-    source: a folder, a .zip, "torchvision:NAME", "synthetic" (10,000 drawn faces) or "synthetic:N". Files
-    that cannot be read are skipped, and told on standard error; a source that changed is prepared anew.
-    Raises ValueError with one line that says what is wrong with the source, OSError for a full disk.
-    """
-    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    began = time.perf_counter()
-    cache_dir = Path(cache_dir or CACHE_DIR).expanduser()
-    names, identity, read = open_source(str(source), cache_dir)
-    digest = hashlib.sha256(json.dumps([VERSION, identity, img_size]).encode()).hexdigest()[:16]
-    stem = re.sub("[^a-zA-Z0-9]", "-", Path(source).stem)[:40]
-    path = cache_dir / f"{stem}-{img_size}-{digest}.npy"
-    how = "prepared before"
-    if not path.exists():
-        with locked(cache_dir):
-            for dead in cache_dir.glob("*.npy.tmp"):  # of a killed process: nobody else holds the lock
-                dead.unlink()
-            if not path.exists():
-                needed = len(names) * img_size**2 * 3
-                free = shutil.disk_usage(cache_dir).free
-                room = f"{needed / 1e9:.3f} GB for {source}, {free / 1e9:.3f} GB are free in {cache_dir}"
-                if needed > free:
-                    raise OSError(f"{room}; make room, or name another --cache-dir")
-                say(room)
-                prepare(names, read, img_size, path)
-        how = f"prepared in {time.perf_counter() - began:.1f} s"
-    images = np.load(path, mmap_mode="r")
-    skipped = json.loads(path.with_suffix(".json").read_text())
-    say(f"{source}: {len(images):,} images of {img_size} px, {len(skipped):,} skipped, {how}")
-    for name, reason in skipped[:5]:
-        say(f"  {name!a}: {reason}")
-    return images
-
-# ---------------------------------------------------------------- batches
-class Batches:
-    """Endless training batches; `batches[k]` is a pure function of (seed, k, rank).
-
-    images: uint8 (N, S, S, 3); batch_size: over all `world` processes. `batches[k]` is this rank's part of
-    global batch k, float32 (batch_size / world, 3, S, S) in [-1, 1], channels last, on `device`. Each epoch
-    is a permutation of its own: no image comes twice before all came once. On CUDA the whole array moves to
-    the device if it fits in half of the free memory; else a thread pins the next batches ahead of time.
-    """
-    def __init__(self, images, batch_size, device, seed=0, flip=False, rank=0, world=1):
-        if batch_size % world:
-            raise ValueError(f"a batch of {batch_size} does not divide among {world} processes")
-        self.images = images
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.seed = seed
-        self.flip = flip
-        self.local = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.order = lru_cache(2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(images)))
-        self.thread = ThreadPoolExecutor(1)
-        self.ahead = {}
-        self.fetch = self.from_disk
-        if self.device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(self.device)[0] / 2:
-            self.fetch = self.from_thread
-        elif self.device.type == "cuda":
-            self.resident = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-            for i in range(0, len(images), 1024):
-                self.resident[i:i + 1024] = torch.from_numpy(np.array(images[i:i + 1024]))
-            self.fetch = self.from_device
-
-    def indices(self, k):
-        """Which images batch k has, (B,)."""
-        places = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.local]
-        epochs, places = np.divmod(places, len(self.images))
-        return np.concatenate([self.order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
-
-    def from_disk(self, k):
-        return torch.from_numpy(self.images[self.indices(k)]).to(self.device)
-
-    def from_device(self, k):
-        indices = torch.from_numpy(self.indices(k)).pin_memory()
-        return self.resident[indices.to(self.device, non_blocking=True)]
-
-    def from_thread(self, k):
-        for j in (k, k + 1, k + 2):
-            self.ahead[j] = self.ahead.get(j) or self.thread.submit(self.pinned, j)
-        batch = self.ahead[k].result()
-        self.ahead = {j: self.ahead[j] for j in (k + 1, k + 2)}
-        return batch.to(self.device, non_blocking=True)
-
-    def pinned(self, k):
-        """Batch k in memory from which a GPU can copy by itself."""
-        indices = self.indices(k)
-        shape = (len(indices), *self.images.shape[1:])
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.take(self.images, indices, axis=0, out=batch.numpy(), mode="clip")  # "raise" would use a buffer
-        return batch
-
-    def __getitem__(self, k):
-        batch = self.fetch(k).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        if self.flip:
-            draws = np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local]
-            flips = torch.from_numpy(draws < 0.5).to(self.device, non_blocking=True)
-            batch = torch.where(flips[:, None, None, None], batch.flip(-1), batch)
-        return batch
-
-# ---------------------------------------------------------------- pictures
-def save_grid(images, path, columns):
-    """uint8 images, a tensor (N, S, S, 3) -> one picture, `columns` images wide."""
-    from torchvision.utils import make_grid  # here: it takes seconds
-    Image.fromarray(make_grid(images.cpu().permute(0, 3, 1, 2), columns).permute(1, 2, 0).numpy()).save(path)
-
-def pick(images, n):
-    """n of the images, evenly spread, or all if they are fewer: array (N, S, S, 3) -> tensor."""
-    picks = np.linspace(0, len(images) - 1, min(n, len(images)))
-    return torch.from_numpy(images[picks.astype(int)])
-
-def save_gif(folder, path):
-    """The grids in `folder`, at most 50 evenly picked, as an animation."""
-    files = sorted(Path(folder).glob("*.png"), key=lambda file: int(file.stem))
-    picks = np.unique(np.linspace(0, len(files) - 1, 50).astype(int))
-    first, *others = [ImageOps.contain(Image.open(files[i]), (600, 600)) for i in picks]
-    first.save(path, save_all=True, append_images=others, duration=150, loop=0)
-
-def main():
-    parser = argparse.ArgumentParser(description="Prepare images for training, and see them.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
-    parser.add_argument("source", help="a folder, a .zip, torchvision:NAME, synthetic or synthetic:N")
-    parser.add_argument("--img-size", type=int, default=128, help="side in pixels (128)")
-    parser.add_argument("--cache-dir", default=CACHE_DIR, help=f"where the prepared array goes ({CACHE_DIR})")
-    args = parser.parse_args()
-    if not 1 <= args.img_size <= 4096:
-        parser.error(f"--img-size {args.img_size} must be from 1 to 4096")
-    try:
-        images = load_images(args.source, args.img_size, args.cache_dir)
-        columns = max(1, min(8, 2048 // args.img_size))
-        preview = Path(images.filename).with_suffix(".png")
-        save_grid(pick(images, columns**2), preview, columns)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        parser.error(str(error) or "interrupted")
-    print(f"array   {images.filename}\npreview {preview}")
 
 if __name__ == "__main__":
     main()

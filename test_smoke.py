@@ -416,6 +416,101 @@ def test_shared_code_is_the_same():
 
 # ---------------------------------------------------------------- data
 
+
+def color_profile(space, kind=b"mntr", connection=b"XYZ ", **tags):
+    """An ICC profile (bytes) of a colour space such as b"RGB ", with these tags (bytes each)."""
+    import struct
+
+    table = struct.pack(">I", len(tags))
+    body = b""
+    for name, content in tags.items():
+        offset = 128 + 4 + 12 * len(tags) + len(body)
+        table += struct.pack(">4sII", name.encode(), offset, len(content))
+        body += content + bytes(-len(content) % 4)
+    size = 128 + len(table) + len(body)
+    layout = ">I4xI4s4s4s12x4s28x"
+    header = struct.pack(layout, size, 0x04200000, kind, space, connection, b"acsp")
+    return header + fixed_point(0.9642, 1, 0.8249) + bytes(48) + table + body
+
+
+def fixed_point(*values):
+    """Numbers as ICC profiles hold them."""
+    return b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+
+SRGB_CURVE = b"para\0\0\0\0\0\3\0\0"
+SRGB_CURVE += fixed_point(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+GAMMA_CURVE = b"para\0\0\0\0\0\0\0\0" + fixed_point(2.2)
+
+
+def display_p3(curve=SRGB_CURVE):
+    """The colour space of Apple's photographs, or with another curve."""
+    columns = {
+        "wtpt": (0.9642, 1, 0.8249),
+        "rXYZ": (0.51512, 0.24120, -0.00105),
+        "gXYZ": (0.29198, 0.69225, 0.04189),
+        "bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    tags = {name: b"XYZ \0\0\0\0" + fixed_point(*values) for name, values in columns.items()}
+    for name in ("rTRC", "gTRC", "bTRC"):
+        tags[name] = curve
+    return color_profile(b"RGB ", **tags)
+
+
+def linear_grey():
+    return color_profile(b"GRAY", kTRC=b"curv" + bytes(8))
+
+
+def only_black_ink():
+    """A CMYK profile in which cyan, magenta and yellow leave no trace."""
+    identity = bytes(range(256))
+    corners = b"".join(bytes([255 * (1 - k), 128, 128]) for _ in range(8) for k in (0, 1))
+    matrix = fixed_point(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + 4 * identity + corners + 3 * identity
+    return color_profile(b"CMYK", b"prtr", b"Lab ", A2B0=lut)
+
+
+def tiff(values, photometric=1, sample_format=1):
+    """A grey TIFF (bytes) of the values, an array of any type: unsigned 1, signed 2, float 3."""
+    import struct
+
+    height, width = values.shape
+    big = values.dtype.byteorder == ">"
+    order = ">" if big else "<"
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 0}
+    tags |= {277: 1, 278: height, 279: values.nbytes, 339: sample_format}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the values begin
+    content = (b"MM\0*" if big else b"II*\0") + struct.pack(order + "IH", 8, len(tags))
+    for tag, value in tags.items():
+        content += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+    return content + bytes(4) + values.tobytes()
+
+
+def png(rows, width, depth, kind, **chunks):
+    """A PNG (bytes) of rows of raw bytes; kind: 0 grey, 2 RGB; with these chunks besides."""
+    import struct
+    import zlib
+
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    for name, body in {"IHDR": header, **chunks, "IDAT": pixels, "IEND": b""}.items():
+        checksum = zlib.crc32(name.encode() + body)
+        content += struct.pack(">I4s", len(body), name.encode()) + body
+        content += struct.pack(">I", checksum)
+    return content
+
+
+def prepared(folder, size=8):
+    """{name: image} of the images of a folder without subfolders, and those skipped."""
+    images = data.load_images(folder, size, folder.parent / "cache")
+    record = json.loads(Path(images.filename).with_suffix(".json").read_text())
+    skipped = dict(record["skipped"])
+    names = sorted(file.name for file in folder.iterdir() if file.name not in skipped)
+    assert len(names) == len(images)
+    return dict(zip(names, images, strict=True)), skipped
+
+
 def test_kinds_of_images(tmp_path, capsys):
     color = (200, 40, 20)
     red = Image.new("RGB", (48, 32), color)
@@ -433,6 +528,12 @@ def test_kinds_of_images(tmp_path, capsys):
         "j.png": (Image.new("RGB", (8, 900), color), color),
         "sub/k.webp": (red, color),
         "\u732b \u00e9.png": (red, color),
+        "r.jfif": (red, color),
+        "s.TGA": (red, color),
+        "t.pgm": (red.convert("L"), 86),
+        "u.tif": (red.convert("LAB"), color),
+        "v.tif": (Image.new("LA", (48, 32), (0, 127)), 128),
+        "w.png": (Image.new("1", (48, 32), 1), 255),
     }
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
@@ -453,15 +554,18 @@ def test_kinds_of_images(tmp_path, capsys):
 
     images = data.load_images(folder, 16, tmp_path / "cache")
     said = capsys.readouterr().err
-    assert images.shape == (14, 16, 16, 3) and images.dtype == np.uint8 and not images.flags.writeable
-    assert "4 skipped" in said and all(f"'{name}'" in said for name in ("n.png", "o.jpg", "p.jpg", "q.png"))
+    assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
+    assert not images.flags.writeable
+    assert "4 skipped" in said
+    assert all(f"'{name}'" in said for name in ("n.png", "o.jpg", "p.jpg", "q.png"))
     names = sorted([*kinds, "l.gif", "m.jpg"])
     kinds["l.gif"] = (red, color)  # its first frame
-    for name, image in zip(names, images):
+    for name, image in zip(names, images, strict=True):
         if name in kinds:
-            np.testing.assert_allclose(image.mean((0, 1)), np.broadcast_to(kinds[name][1], 3), atol=12)
+            expected = np.broadcast_to(kinds[name][1], 3)
+            np.testing.assert_allclose(image.mean((0, 1)), expected, atol=12, err_msg=name)
     upright = images[names.index("m.jpg")]
-    assert upright[:, 12:].max() < 10 and upright[:, :4].min() > 245  # the black half is now at the right
+    assert upright[:, 12:].max() < 10 and upright[:, :4].min() > 245  # black is now at the right
 
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for file in folder.rglob("*.*"):
@@ -471,13 +575,218 @@ def test_kinds_of_images(tmp_path, capsys):
     assert sorted(i.tobytes() for i in images) == sorted(i.tobytes() for i in again)
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
-    time.sleep(0.01)
-    black.save(folder / "a.jpg")  # a changed file: prepared anew
-    assert not np.array_equal(data.load_images(folder, 16, tmp_path / "cache"), images)
+
+def test_numbers_of_bits(tmp_path):
+    """8 and 16 bits mean their full range; what has no defined range is skipped with advice."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    sixteen = ramp.astype(np.uint16)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = [row.astype(">u2").tobytes() for row in sixteen]
+    in_color = [np.repeat(row, 3).astype(">u2").tobytes() for row in sixteen]
+    good = {
+        "big_endian.tif": tiff(sixteen.astype(">u2")),
+        "little_endian.tif": tiff(sixteen),
+        "grey.png": png(rows, 8, 16, 0),
+        "grey.pgm": b"P5 8 8 65535\n" + b"".join(rows),
+        "rgb.png": png(in_color, 8, 16, 2),
+        "eight.tif": tiff((ramp / 257).round().astype(np.uint8)),
+        "negative.tif": tiff(65535 - sixteen, photometric=0),  # white is zero
+        "negative_eight.tif": tiff(255 - (ramp / 257).round().astype(np.uint8), photometric=0),
+    }
+    one_over = np.full((8, 8), 0.5, np.float32)
+    one_over[0, 0] = 1.0001
+    bad = {
+        "float.tif": tiff(one_over, sample_format=3),
+        "not_a_number.tif": tiff(one_over * np.nan, sample_format=3),
+        "float.pfm": b"Pf 8 8 -1.0\n" + one_over.tobytes(),
+        "unsigned32.tif": tiff(np.full((8, 8), 2**31, np.uint32)),
+        "signed32.tif": tiff(np.full((8, 8), 1000, np.int32), sample_format=2),
+        "signed16.tif": tiff((sixteen >> 1).astype(np.int16), sample_format=2),
+        "signed8.tif": tiff((sixteen >> 9).astype(np.int8), sample_format=2),
+    }
+    for name, content in {**good, **bad}.items():
+        (folder / name).write_bytes(content)
+
+    images, skipped = prepared(folder)
+    assert images.keys() == good.keys()
+    for name, image in images.items():
+        difference = np.abs(image - (ramp / 257)[..., None]).max()
+        assert difference <= 1, f"{name}: {difference}"  # of 16-bit RGB, Pillow keeps the high byte
+    for name in bad.keys() - {"float.pfm"}:  # which old versions of Pillow cannot open
+        assert "convert it to 8 or 16 bits" in skipped[name], skipped[name]
+
+
+def test_transparent_color_of_a_png(tmp_path):
+    """PNG gives it at the depth of the file, Pillow the pixels in 8 bits."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sixteen = [np.uint16([40000] * 4 + [10000] * 4).astype(">u2").tobytes()] * 8
+    in_color = [np.uint16([40000] * 12 + [10000] * 12).astype(">u2").tobytes()] * 8
+    color = (10000).to_bytes(2, "big")
+    kinds = {
+        "grey16.png": (png(sixteen, 8, 16, 0, tRNS=color), 156),
+        "rgb16.png": (png(in_color, 8, 16, 2, tRNS=3 * color), 156),
+        "grey4.png": (png([b"\x99\x99\x33\x33"] * 8, 8, 4, 0, tRNS=b"\0\3"), 153),
+        "grey2.png": (png([b"\xaa\x55"] * 8, 8, 2, 0, tRNS=b"\0\1"), 170),
+        "grey1.png": (png([b"\x0f"] * 8, 8, 1, 0, tRNS=b"\0\1"), 0),
+    }
+    for name, (content, _) in kinds.items():
+        (folder / name).write_bytes(content)
+
+    images, _ = prepared(folder)
+    for name, image in images.items():
+        assert abs(int(image[4, 1, 0]) - kinds[name][1]) <= 1, name
+        assert image[4, 6].tolist() == [255, 255, 255], name  # transparent: white behind
+
+
+def test_color_profiles(tmp_path):
+    """A profile is applied, whatever the container and mode; a broken one is ignored."""
+    from PIL import ImageCms
+
+    p3 = {"icc_profile": display_p3()}
+    srgb = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    photo = Image.new("RGB", (32, 32), (200, 60, 40))
+    clear = Image.new("RGBA", (32, 32), (200, 60, 40, 0))
+    clear.paste((200, 60, 40, 255), (0, 0, 16, 32))
+    grey = Image.new("L", (32, 32), 128)
+    cyan = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    right = (217, 42, 23)  # from the curves and matrices of both spaces
+    kinds = {  # name -> image, its profile, its color
+        "photo.png": (photo, p3, right),
+        "gamma.png": (photo, {"icc_profile": display_p3(GAMMA_CURVE)}, (219, 37, 13)),
+        "photo.jpg": (photo, {**p3, "quality": 100, "subsampling": 0}, right),
+        "large.jpg": (photo.resize((999, 999)), {**p3, "quality": 100, "subsampling": 0}, right),
+        "photo.webp": (photo, {**p3, "lossless": True}, right),
+        "photo.tif": (photo, p3, right),
+        "palette.png": (photo.convert("P", palette=Image.Palette.ADAPTIVE), p3, right),
+        "half_clear.png": (clear, p3, right),
+        "grey.png": (grey, {"icc_profile": linear_grey()}, (188, 188, 188)),
+        "grey.jpg": (grey, {"icc_profile": linear_grey()}, (188, 188, 188)),
+        "grey_rgb.jpg": (grey, p3, (128, 128, 128)),
+        "inks.jpg": (cyan, {"icc_profile": only_black_ink()}, (255, 255, 255)),
+        "inks.tif": (cyan, {"icc_profile": only_black_ink()}, (255, 255, 255)),
+        "srgb.png": (photo, srgb, (200, 60, 40)),
+        "none.png": (photo, {}, (200, 60, 40)),
+        "broken.png": (photo, {"icc_profile": b"broken"}, (200, 60, 40)),
+        "torn.jpg": (photo, {"icc_profile": display_p3()[:200], "quality": 100}, (200, 60, 40)),
+        "of_grey.png": (photo, {"icc_profile": linear_grey()}, (200, 60, 40)),
+    }
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, (image, options, _) in kinds.items():
+        image.save(folder / name, **options)
+
+    images, skipped = prepared(folder)
+    assert not skipped
+    for name, image in images.items():
+        np.testing.assert_allclose(image[4, 0], kinds[name][2], atol=3, err_msg=name)
+    assert images["half_clear.png"][4, 7].tolist() == [255, 255, 255]
+    np.testing.assert_allclose(images["photo.png"][4, 1], right, atol=1)
+
+
+def test_metadata_that_cannot_be_read_costs_no_image(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = [bytes([200, 60, 40] * 8)] * 8
+    garbage = b"II*\0\xff\xff\xff\xff garbage"
+    (folder / "exif.png").write_bytes(png(rows, 8, 8, 2, eXIf=garbage))
+    (folder / "short.png").write_bytes(png(rows, 8, 8, 2, eXIf=b"g"))
+    (folder / "profile.png").write_bytes(png(rows, 8, 8, 2, iCCP=b"name\0\0not compressed"))
+    photo = Image.new("RGB", (8, 8), (200, 60, 40))
+    photo.save(folder / "exif.jpg", quality=100, exif=b"Exif\0\0" + garbage)
+    photo.save(folder / "exif.webp", lossless=True, exif=garbage)
+    images, skipped = prepared(folder)
+    assert not skipped and len(images) == 5
+    for name, image in images.items():
+        np.testing.assert_allclose(image[4, 4], (200, 60, 40), atol=3, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
+                                  "CMYK", "YCbCr", "HSV", "LAB"])
+def test_every_mode_of_a_pil_image(mode):
+    by_way = {"La": "LA", "PA": "LA", "RGBa": "RGBA", "LAB": "RGB"}.get(mode, mode)
+    white = Image.new("RGB", (20, 10), "white").convert("L" if by_way in "LA" else "RGB")
+    image = white.convert(by_way).convert(mode)
+    small = np.asarray(data.to_square(image, 8))
+    assert small.shape == (8, 8, 3) and small.min() >= 254
+
+
+def test_links_and_files_that_are_no_images(tmp_path, capsys):
+    """Links are followed and each real folder is taken once; all else is counted in one line."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place in (folder / "a.png", folder / "sub" / "b.png", elsewhere / "c.PNG"):
+        make_image().save(place)
+    try:
+        (folder / "self").symlink_to(folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    (folder / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "out").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "sub" / "again").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "gone.png").symlink_to(folder / "missing.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    for name in ("d.heic", "e.heic", "f.txt", "g.JPG_large", "h", ".i.png", "j.pdf", "k.h5"):
+        (folder / name).write_bytes(b"no image")
+    (folder / "l.zip").write_bytes(b"PK")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "m.jpg")
+
+    images = data.load_images(folder, 8, tmp_path / "cache")
+    said = capsys.readouterr().err
+    assert len(images) == 3, said
+    assert "0 skipped" in said
+    assert "12 other files" in said or "11 other files" in said, said
+    assert "2 .heic" in said and ".zip in a folder" in said
+    assert len(said.splitlines()) <= 4, said
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root reads everything")
+def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, capsys):
+    (tmp_path / "photos" / "shut").mkdir(parents=True)
+    make_image().save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "shut").chmod(0)
+    try:
+        assert len(data.load_images(tmp_path / "photos", 8, tmp_path / "cache")) == 1
+    finally:
+        (tmp_path / "photos" / "shut").chmod(0o700)
+    assert "shut' cannot be read" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    make_image().save(folder / "a.png")
+    try:
+        (folder / "caf\udce9.png").write_bytes(b"broken")
+        (folder / "b.caf\udce9").write_bytes(b"broken")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes only UTF-8")
+    assert len(data.load_images(folder, 8, tmp_path / "cache")) == 1
+    assert "caf\\udce9.png" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_in_a_zip(tmp_path, capsys):
+    """Odd names are only names, and one name twice is two images."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for level, name in ((10, "a.png"), (90, "a.png"), (170, "/etc/b.png"), (250, "../c.png")):
+            with archive.open(name, "w", force_zip64=True) as file:
+                Image.new("L", (8, 8), level).save(file, "PNG")
+        archive.writestr("notes.txt", "no image")
+        archive.writestr("__MACOSX/._a.png", "no image")
+    images = data.load_images(tmp_path / "images.zip", 8, tmp_path / "cache")
+    assert sorted(images[:, 4, 4, 0].tolist()) == [10, 90, 170, 250]
+    assert "2 other files" in capsys.readouterr().err
+
 
 def test_sources_that_do_not_work(tmp_path, cli):
     (tmp_path / "torn.zip").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.heic").write_bytes(b"no format of Pillow's")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
     with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
@@ -487,19 +796,55 @@ def test_sources_that_do_not_work(tmp_path, cli):
         at = locked.index(mark) + offset
         locked = locked[:at] + b"\1" + locked[at + 1:]
     (tmp_path / "locked.zip").write_bytes(locked)
-    for source, word in (("synthetic:0", "neither"), ("torchvision:Nothing", "torchvision:Nothing"),
-                         (tmp_path / "none", "neither"), (tmp_path / "torn.zip", "zip"),
-                         (tmp_path / "empty", "no images"), (tmp_path / "bad", "no readable image"),
-                         (tmp_path / "locked.zip", "encrypted")):
+    for source, word in (
+        ("synthetic:0", "synthetic:N"),
+        ("synthetic:\u00b2", "synthetic:N"),
+        ("torchvision:Nothing", "torchvision:Nothing"),
+        (tmp_path / "none", "a folder"),
+        (tmp_path / "torn.zip", "zip"),
+        (tmp_path / "empty", "1 .heic"),
+        (tmp_path / "bad", "no readable image"),
+        (tmp_path / "locked.zip", "encrypted"),
+        ("", "empty"),
+        ("~nobody-of-this-name/photos", "home"),
+    ):
         refused(cli("data", source, "--img-size", 16), word)
         refused(cli("gan_qp", *TINY, "--data", source, "--out", tmp_path / "run"), word)
     assert not (tmp_path / "run").exists()
     refused(cli("data", "synthetic", "--img-size", "0"), "--img-size")
+    refused(cli("data", "synthetic", "--img-size", "large"), "--img-size")
 
-def test_preview_and_torchvision(tmp_path, cli):
+
+def test_a_home_directory_and_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    make_image().save(tmp_path / "photos" / "a.png")
+    assert len(data.load_images("~/photos", 8, "~/cache")) == 1
+    assert list((tmp_path / "cache").glob("*.npy"))
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(OSError, match="home directory is not known"):
+        data.load_images("synthetic:1", 8)
+
+
+@pytest.mark.parametrize("item", [torch.zeros(3, 8, 8), "a text"])
+def test_torchvision_sets_without_images(item, tmp_path, cli, monkeypatch):
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets, "Strange", lambda: [(item, 0)], raising=False)
+    refused(cli("data", "torchvision:Strange"), type(item).__name__, "not images")
+
+
+def test_preview_and_torchvision(cli):
     code, out, err = cli("data", "torchvision:FakeData", "--img-size", 16)
     assert code == 0 and "1,000 images" in err
-    assert Image.open(out.split("preview ")[1].strip()).size == (8 * 18 + 2, 8 * 18 + 2)
+    preview = Image.open(out.split("preview ")[1].strip())
+    assert preview.size == (8 * 18 + 2, 8 * 18 + 2)
+
 
 def test_synthetic_faces(cache):
     a = data.load_images("synthetic:24", 32, cache)
@@ -507,38 +852,121 @@ def test_synthetic_faces(cache):
     assert np.array_equal(a, b) and len({image.tobytes() for image in a}) == 24
     assert np.asarray(data.draw_face(3, 100)).shape == (100, 100, 3)
 
-def test_too_little_space(tmp_path, cli, monkeypatch):
+
+def test_too_little_space(cli, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=5_000_000))
     result = cli("data", "synthetic:2001", "--img-size", 32)
     refused(result, "0.006 GB", "0.005 GB", "--cache-dir")
 
+
+def test_a_cache_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match="cannot be used"):
+            data.load_images("synthetic:1", 8, tmp_path / place)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock.sqlite").write_bytes(b"no lock" * 1000)
+    with pytest.raises(OSError, match="cannot be locked"):
+        data.load_images("synthetic:1", 8, tmp_path / "cache")
+
+
 def test_without_fcntl(tmp_path):
     """As on Windows: everything can be imported, and a preparation runs."""
-    lines = ["import sys", "sys.modules['fcntl'] = None", f"sys.path.insert(0, {str(HERE)!r})",
-             "import data, fid, gan_qp, sgan_sn, wgan_gp",
-             f"print(len(data.load_images('synthetic:9', 16, {str(tmp_path)!r})))"]
+    lines = [
+        "import sys",
+        "sys.modules['fcntl'] = None",
+        f"sys.path.insert(0, {str(HERE)!r})",
+        "import data, fid, gan_qp, sgan_sn, wgan_gp",
+        f"print(len(data.load_images('synthetic:9', 16, {str(tmp_path)!r})))",
+    ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.stdout == "9\n", done.stderr
+
+
+def test_without_color_management(tmp_path, monkeypatch):
+    """Some builds of Pillow lack LittleCMS: then profiles are ignored."""
+    from PIL import ImageCms
+
+    def missing(*_):
+        raise ImportError("The _imagingcms C module is not installed")
+
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
+    data.srgb_transform.cache_clear()
+    folder = tmp_path / "images"
+    folder.mkdir()
+    photo = Image.new("RGB", (8, 8), (200, 60, 40))
+    photo.save(folder / "a.png", icc_profile=display_p3())
+    images, _ = prepared(folder)
+    data.srgb_transform.cache_clear()
+    assert images["a.png"][4, 4].tolist() == [200, 60, 40]
+
+
+def test_a_source_that_changes(tmp_path):
+    """A changed file is prepared anew; one that vanishes during preparation is skipped."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        make_image(i).save(folder / f"{i}.png")
+    before = data.load_images(folder, 8, tmp_path / "cache")
+    assert data.load_images(folder, 8, tmp_path / "cache").filename == before.filename
+    time.sleep(0.01)
+    make_image(9).save(folder / "0.png")
+    after = data.load_images(folder, 8, tmp_path / "cache")
+    assert not np.array_equal(before, after) and np.array_equal(before[1:], after[1:])
+
+    class Shrinking(data.Folder):
+        def read(self, i, size):
+            (folder / "2.png").unlink(missing_ok=True)
+            return super().read(i, size)
+
+    path = tmp_path / "cache" / "shrinking.npy"
+    data.prepare(Shrinking(folder), 8, path, quiet=True)
+    assert np.array_equal(np.load(path), after[:2])
+
+
+def test_fingerprint_is_of_the_images_alone(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        make_image(i).save(folder / f"{i}.png")
+    first = data.fingerprint(data.load_images(folder, 8, tmp_path / "cache"))
+    assert data.fingerprint(data.load_images(f"{folder}/", 8, tmp_path / "cache")) == first
+    moved = folder.rename(tmp_path / "moved")
+    assert data.fingerprint(data.load_images(moved, 8, tmp_path / "other")) == first
+    folder.mkdir()
+    for i in range(2):
+        make_image(i + 2).save(folder / f"{i}.png")
+    assert data.fingerprint(data.load_images(folder, 8, tmp_path / "cache")) != first
+
 
 def test_batches():
     images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     images[:, :, 0] = 255
     batches = data.Batches(images, 4, "cpu", seed=3)
-    label = lambda x: ((x[:, 0, 0, 1] + 1) * 127.5).round().int().tolist()
+
+    def label(x):
+        return ((x[:, 0, 0, 1] + 1) * 127.5).round().int().tolist()
+
     sequence = sum((label(batches[k]) for k in range(10)), [])
     for epoch in range(4):
         assert sorted(sequence[10 * epoch:10 * epoch + 10]) == list(range(10))  # no repeats
     assert sequence[:10] != sequence[10:20]
     assert label(data.Batches(images, 4, "cpu", seed=3)[7]) == sequence[28:32]  # seekable
     assert label(data.Batches(images, 4, "cpu", seed=4)[0]) != sequence[:4]
+    several_epochs = label(data.Batches(images, 40, "cpu", seed=3)[0])
+    assert several_epochs == sequence
+
     x = batches[0]
     assert x.shape == (4, 3, 4, 4) and x.dtype == torch.float32
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert x[:, :, :, 0].eq(1).all() and x.min() >= -1
-    flipping = data.Batches(images, 4, "cpu", seed=3, flip=True)
-    halves = [data.Batches(images, 4, "cpu", seed=3, flip=True, rank=rank, world=2)[5] for rank in (0, 1)]
+
+    options = {"seed": 3, "flip": True}
+    flipping = data.Batches(images, 4, "cpu", **options)
+    halves = [data.Batches(images, 4, "cpu", **options, rank=rank, world=2)[5] for rank in (0, 1)]
     assert torch.equal(torch.cat(halves), flipping[5])
     assert 8 < sum(bool(flipping[k][0, 0, 0, -1] == 1) for k in range(40)) < 32
+
     streamed = data.Batches(images, 4, "cpu", seed=3)
     streamed.fetch = streamed.from_thread
     for k in (0, 1, 2, 9, 3):
@@ -546,19 +974,115 @@ def test_batches():
     with pytest.raises(ValueError):
         data.Batches(images, 5, "cpu", world=2)
 
+
+def test_batches_are_contiguous_on_apple():
+    """Simulated: a device called mps, whose tensors are the CPU's."""
+    images = np.arange(8 * 4 * 4 * 3, dtype=np.uint8).reshape(8, 4, 4, 3)
+    expected = data.Batches(images, 4, "cpu")
+    batches = data.Batches(images, 4, "cpu")
+    batches.device = torch.device("mps")
+    batches.fetch = expected.fetch
+    assert batches[1].is_contiguous() and torch.equal(batches[1], expected[1])
+
+
 def test_preparation_killed_and_twice_at_once(tmp_path):
     flags = ["synthetic:600", "--img-size", 64, "--cache-dir", tmp_path]
     for _ in range(2):
         process = command("data", *flags)
-        while not any(file.stat().st_size > 10 ** 6 for file in tmp_path.glob("*.tmp")):  # in the midst of it
+        # until it is in the midst of it
+        while not any(file.stat().st_size > 10 ** 6 for file in tmp_path.glob("*.tmp")):
             time.sleep(0.01)
             assert process.poll() is None
         process.kill()
         process.wait()
         assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.tmp"))) == 1
     both = [command("data", *flags) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0], [process.stdout.read() for process in both]
+    ends = [process.wait() for process in both]
+    assert ends == [0, 0], [process.stdout.read() for process in both]
     assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "new" / "run.lock"
+    lines = ["import sys", f"sys.path.insert(0, {str(HERE)!r})", "import data, time"]
+    lines += [f"with data.file_lock({str(path)!r}):", "    print('held'); time.sleep(60)"]
+    process = start([sys.executable, "-c", "\n".join(lines)])
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="another process"):
+        with data.file_lock(path, wait=False):
+            pass
+    process.kill()
+    process.wait()
+    for wait in (False, True):
+        with data.file_lock(path, wait=wait):
+            pass
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError), data.atomic_write(path) as file:
+        file.write(b"half of")
+        raise ValueError("interrupted")
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["a.bin"]
+
+    # As on Windows while somebody else reads the file: refused at first.
+    refusals = [PermissionError("in use")] * 3
+    rename = os.replace
+
+    def replace(*names):
+        if refusals:
+            raise refusals.pop()
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with data.atomic_write(path) as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"after" and not refusals
+
+    refusals += [PermissionError("in use")] * 1000
+    with pytest.raises(OSError, match="a.bin could not be written .in use."):
+        with data.atomic_write(path) as file:
+            file.write(b"later")
+    assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("extension", ["png", "PNG", "jpg", "webp", "gif", "bmp", "tiff", "ppm"])
+def test_grids_of_every_format(extension, tmp_path):
+    path = tmp_path / f"grid.{extension}"
+    assert data.is_picture_name(path)
+    images = torch.full((6, 32, 32, 3), 200, dtype=torch.uint8)
+    data.save_grid(images, path, 3)
+    with Image.open(path) as grid:
+        assert grid.size == (3 * 34 + 2, 2 * 34 + 2)
+        assert abs(np.asarray(grid.convert("RGB"))[18, 18] - 200.0).max() < 4
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["samples", "a.b/samples", "x.txt", "x.heic", "x.ico", "x.xbm",
+                                  "x.h5", "x.mpg", "x.tmp", ""])
+def test_names_that_are_no_pictures(name):
+    assert not data.is_picture_name(name)
+
+
+def test_animation_leaves_out_what_is_no_picture(tmp_path):
+    samples = tmp_path / "samples"
+    data.save_animation(samples, tmp_path / "progress.gif")  # no such folder
+    samples.mkdir()
+    (samples / "000001.png").write_bytes(b"")
+    data.save_animation(samples, tmp_path / "progress.gif")
+    assert not (tmp_path / "progress.gif").exists()
+
+    (samples / "000002.png").write_bytes(b"broken")
+    (samples / "holiday.png").write_bytes(b"stray")
+    (samples / "000003.png").mkdir()
+    for i in range(4, 7):
+        make_image(i, size=(80, 80)).save(samples / f"{i:06d}.png")
+    make_image(7, size=(700, 40)).save(samples / "000007.png")
+    data.save_animation(samples, tmp_path / "progress.gif")
+    with Image.open(tmp_path / "progress.gif") as animation:
+        assert animation.n_frames == 4
+
 
 # ---------------------------------------------------------------- runs
 
