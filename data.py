@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageOps, TiffImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin
 
 CACHE_DIR = "~/.cache/gan-qp"
 SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
@@ -263,7 +263,7 @@ class Folder:
                 if status:
                     found[name] = [status.st_size, status.st_mtime_ns]
                 else:
-                    others[kind or "no regular file"] += 1
+                    others[kind or "not a regular file"] += 1
 
         self.names = sorted(found)
         self.identity = [str(path), self.names, [found[name] for name in self.names]]
@@ -289,9 +289,9 @@ class ZipArchive:
         others = Counter()
         self.entries = []
         for entry in self.archive.infolist():
-            kind = other_kind(entry.filename, extensions)
             if entry.is_dir():
                 continue
+            kind = other_kind(entry.filename, extensions)
             if kind:
                 others[kind] += 1
             else:
@@ -336,7 +336,7 @@ def file_status(path):
 
 
 def is_hidden(name):
-    return name == "__MACOSX" or name.startswith(".") and name not in (".", "..")
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
 def other_kind(name, extensions):
@@ -366,6 +366,9 @@ def list_others(others):
 # Pillow opens these too, but they are documents, films or measurements, not pictures.
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
 
+# Pillow refuses a PNG with a compressed text of over 1 MB, which image generators like to write.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
 # Which modes of a colour profile suit an image of this mode; RGB suits all others.
 PROFILE_MODES = {"1": ["L", "RGB"], "L": ["L", "RGB"], "LA": ["L", "RGB"], "CMYK": ["CMYK"]}
 
@@ -374,7 +377,7 @@ TO_EIGHT_BITS = {"1": 255, "L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
 
 
 def decode(file, size):
-    """An image file (path or file object), of an animation the first frame -> its `to_square`."""
+    """An image file (path or file object) -> `to_square` of it, or of its first frame."""
     with Image.open(file, formats=picture_formats()) as image:
         image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 of the size
         return to_square(image, size)
@@ -424,9 +427,9 @@ def in_eight_bits(image):
     signed_or_float = {2, 3} & set(tags.get(TiffImagePlugin.SAMPLEFORMAT, ()))
     sixteen_bits = image.mode.startswith("I;16")
     if image.mode == "I" and image.format in ("PNG", "PPM"):
-        sixteen_bits = True  # Pillow before 11.3, and any PGM
-    if signed_or_float or image.mode[0] in "IF" and not sixteen_bits:
-        raise ValueError("float, 32-bit or signed pixels: convert it to 8 or 16 bits")
+        sixteen_bits = True  # mode "I" also stands for 32 bits, but these formats have none
+    if signed_or_float or (image.mode in ("I", "F") and not sixteen_bits):
+        raise ValueError("its pixels are float, 32-bit or signed; convert it to 8 or 16 bits")
     if not sixteen_bits:
         return image
 
@@ -444,11 +447,11 @@ def in_eight_bits(image):
 
 
 def upright(image):
-    """The image turned as its metadata says; metadata that cannot be read are ignored."""
+    """A copy of the image turned as its metadata says; unreadable metadata is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF raises nearly every kind of error
-        return image
+        return image.copy()
 
 
 def to_srgb(image):
@@ -459,9 +462,10 @@ def to_srgb(image):
     if transform and transform.input_mode in PROFILE_MODES.get(image.mode, ["RGB"]):
         colors = transform.apply(image.convert(transform.input_mode))
     else:
-        colors = image if image.mode == "RGB" else image.convert("RGB")
+        colors = image.convert("RGB")
     if image.has_transparency_data:
-        colors.putalpha(image.convert("RGBA").getchannel("A"))
+        opacity = image.convert("RGBA").getchannel("A")
+        colors = Image.merge("RGBA", [*colors.split(), opacity])
     return colors
 
 
@@ -520,6 +524,7 @@ def prepare(source, size, path, quiet):
         shape = (count, size, size, 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == HEADER_SIZE
 
     with atomic_write(record_path(path)) as file:
         file.write(json.dumps({"sha256": digest.hexdigest(), "skipped": skipped}).encode())
@@ -640,7 +645,7 @@ def file_lock(path, wait=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = sqlite3.connect(path, timeout=1 if wait else 0, isolation_level=None)
     except (OSError, sqlite3.Error) as error:
-        raise OSError(f"the folder {path.parent} cannot be used ({error})") from error
+        raise OSError(f"{path.parent} cannot be used ({error}); name another folder") from error
     with contextlib.closing(lock):
         while not lock.in_transaction:
             try:
