@@ -482,14 +482,19 @@ def srgb_transform(profile):
         space = source.profile.xcolor_space.strip()
         mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[space]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-        if mode != "RGB":
-            return transform
-        colors = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1)
-        colors = Image.fromarray(colors.reshape(1, -1, 3))
-        same = np.abs(np.int16(transform.apply(colors)) - np.int16(colors)).max() <= 1
-        return None if same else transform
+        if mode == "RGB" and changes_nothing(transform):
+            return None
+        return transform
     except Exception:  # LittleCMS and Pillow raise several kinds of errors for broken profiles
         return None
+
+
+def changes_nothing(transform):
+    """Does a transform leave RGB colours as they are, to one level? That of sRGB itself does."""
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colors = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    after = transform.apply(Image.fromarray(colors))
+    return np.allclose(np.asarray(after), colors, rtol=0, atol=1)
 
 
 # ---------------------------------------------------------------- preparation
@@ -506,14 +511,14 @@ def prepare(source, size, path, quiet):
     digest = hashlib.sha256()
     with atomic_write(path) as file:
         file.seek(HEADER_SIZE)  # the header goes in last, when the number of images is known
-        for done, (pixels, error) in enumerate(decode_all(source, size)):
+        for i, (pixels, error) in enumerate(decode_all(source, size)):
             if error:
-                skipped.append([str(source.names[done]), error])
+                skipped.append([str(source.names[i]), error])
             else:
                 file.write(pixels)
                 digest.update(pixels)
-            if not quiet and sys.stderr.isatty() and done % 64 == 0:
-                progress = f"\rpreparing {done:,}/{len(source.names):,}"
+            if not quiet and sys.stderr.isatty() and i % 64 == 0:
+                progress = f"preparing {i:,}/{len(source.names):,}"
                 print(progress, end="\r", file=sys.stderr, flush=True)
 
         count = len(source.names) - len(skipped)
@@ -598,7 +603,8 @@ def expand_home(path):
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise OSError(f"{path}: the home directory is not known; write the whole path") from error
+        advice = "name a path without ~ (for prepared data with --cache-dir)"
+        raise OSError(f"{path}: the home directory is not known; {advice}") from error
 
 
 @contextlib.contextmanager
@@ -761,8 +767,8 @@ HAIRS = [
     (190, 150, 80), (140, 60, 30), (170, 170, 170),
 ]
 EYES = [
-    (60, 40, 25), (70, 110, 160), (80, 120, 70),
-    (40, 30, 30),
+    (60, 40, 25), (70, 110, 160),
+    (80, 120, 70), (40, 30, 30),
 ]
 CLOTHES = [
     (70, 80, 110), (150, 60, 60), (60, 110, 90),
@@ -781,6 +787,7 @@ def draw_face(index, size):
         box = [canvas * v for v in (x - rx, y - ry, x + rx, y + ry)]
         ImageDraw.Draw(image).ellipse(box, tuple(int(c * light) for c in color))
 
+    # Who it is. The order of these calls decides what everybody looks like.
     skin = rng.choice(SKINS)
     hair = rng.choice(HAIRS)
     iris = rng.choice(EYES)
@@ -790,13 +797,17 @@ def draw_face(index, size):
     ry = between(0.28, 0.33)
     front = x + between(-0.03, 0.03)  # where the face looks
     length = rng.choice([0, 0.02, 0.02, 0.2, 0.4])  # of the hair
+
+    # Long hair, neck, clothes, head, fringe: what is drawn later covers what is there.
     if length:
         oval(hair, x, y - 0.06 + length / 2, rx + 0.02 + length / 8, ry + 0.01 + length / 2)
-    oval(skin, x, 0.8, 0.11, 0.15, light=0.85)  # the neck
+    oval(skin, x, 0.8, 0.11, 0.15, light=0.85)
     oval(rng.choice(CLOTHES), x, 1.12, between(0.38, 0.48), 0.25)
     oval(skin, x, y, rx, ry)
-    if length:  # the fringe
+    if length:
         oval(hair, x, y - 0.85 * ry, rx * between(0.75, 0.95), ry * between(0.2, 0.4))
+
+    # Eyes: shadow, white, iris, pupil, brow.
     eye_y = y - between(0.02, 0.05)
     lid = between(0.018, 0.028)
     for eye in (front - 0.44 * rx, front + 0.44 * rx):
@@ -805,6 +816,8 @@ def draw_face(index, size):
         oval(iris, eye, eye_y, 0.02, min(0.02, lid))
         oval((10, 10, 10), eye, eye_y, 0.009, 0.009)
         oval(hair, eye, eye_y - 0.06, 0.05, 0.011, light=0.7)
+
+    # Nose and lips.
     oval(skin, 1.6 * front - 0.6 * x, y + 0.09, between(0.022, 0.035), 0.012, light=0.8)
     oval(skin, 1.6 * front - 0.6 * x, y + 0.03, 0.014, 0.06, light=0.9)
     red, green, blue = skin
