@@ -29,7 +29,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import (
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageOps,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 CACHE_DIR = "~/.cache/gan-qp"
 SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
@@ -378,7 +386,12 @@ TO_EIGHT_BITS = {"1": 255, "L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
 
 def decode(file, size):
     """An image file (path or file object) -> `to_square` of it, or of its first frame."""
-    with Image.open(file, formats=picture_formats()) as image:
+    try:
+        image = Image.open(file, formats=picture_formats())
+    except UnidentifiedImageError as error:
+        advice = "if it is an image, convert it to 8 or 16 bits"
+        raise ValueError(f"Pillow cannot read it; {advice}") from error
+    with image:
         image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 of the size
         return to_square(image, size)
 

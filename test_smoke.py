@@ -548,7 +548,7 @@ def test_kinds_of_images(tmp_path, capsys):
     (folder / "n.png").write_bytes((folder / "c.png").read_bytes()[:60])  # truncated
     (folder / "o.jpg").write_bytes(b"")
     (folder / "p.jpg").write_bytes(os.urandom(500))
-    Image.new("1", (15000, 15000)).save(folder / "q.png")  # over Pillow's limit
+    Image.new("1", (10000, 10000)).save(folder / "q.png")  # over Pillow's limit
     (folder / ".hidden.png").write_bytes(b"x")
     (folder / "readme.txt").write_text("no image")
 
@@ -600,6 +600,7 @@ def test_numbers_of_bits(tmp_path):
         "float.tif": tiff(one_over, sample_format=3),
         "not_a_number.tif": tiff(one_over * np.nan, sample_format=3),
         "unsigned32.tif": tiff(np.full((8, 8), 2**31, np.uint32)),
+        "big_endian32.tif": tiff(np.full((8, 8), 1000, ">u4")),  # which Pillow cannot open
         "signed32.tif": tiff(np.full((8, 8), 1000, np.int32), sample_format=2),
         "signed16.tif": tiff((sixteen >> 1).astype(np.int16), sample_format=2),
         "signed8.tif": tiff((sixteen >> 9).astype(np.int8), sample_format=2),
@@ -723,7 +724,8 @@ def test_links_and_files_that_are_no_images(tmp_path, capsys):
     (folder / "sub").mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for place in (folder / "a.png", folder / "sub" / "b.png", elsewhere / "c.PNG"):
+    beside = tmp_path / "beside.png"
+    for place in (folder / "a.png", folder / "sub" / "b.png", elsewhere / "c.PNG", beside):
         make_image().save(place)
     try:
         (folder / "self").symlink_to(folder, target_is_directory=True)
@@ -1068,8 +1070,8 @@ def test_grids_of_every_format(extension, tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("name", ["samples", "a.b/samples", "x.txt", "x.heic", "x.ico", "x.xbm",
-                                  "x.h5", "x.mpg", "x.tmp", ""])
+@pytest.mark.parametrize("name", ["samples", "a.b/samples", "x.txt", "x.heic", "x.icns",
+                                  "x.xbm", "x.h5", "x.mpg", "x.tmp", ""])
 def test_names_that_are_no_pictures(name):
     assert not data.is_picture_name(name)
 
