@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import (
+    ExifTags,
     Image,
     ImageCms,
     ImageDraw,
@@ -398,6 +399,7 @@ def decode(file, size):
 
 def picture_formats():
     """Pillow's names of the formats of pictures that it can open, in the order it tries them."""
+    Image.preinit()  # so that the common formats come first
     formats = set(Image.registered_extensions().values()) - NOT_PICTURES
     return [name for name in Image.ID if name in formats]
 
@@ -460,11 +462,13 @@ def in_eight_bits(image):
 
 
 def upright(image):
-    """A copy of the image turned as its metadata says; unreadable metadata is ignored."""
+    """The image turned as its metadata says; metadata that cannot be read is ignored."""
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF raises nearly every kind of error
-        return image.copy()
+        return image
 
 
 def to_srgb(image):
@@ -475,7 +479,7 @@ def to_srgb(image):
     if transform and transform.input_mode in PROFILE_MODES.get(image.mode, ["RGB"]):
         colors = transform.apply(image.convert(transform.input_mode))
     else:
-        colors = image.convert("RGB")
+        colors = image if image.mode == "RGB" else image.convert("RGB")
     if image.has_transparency_data:
         opacity = image.convert("RGBA").getchannel("A")
         colors = Image.merge("RGBA", [*colors.split(), opacity])
