@@ -1,16 +1,29 @@
-"""FID, the Frechet Inception Distance, as people report it: a library of a few functions, and a command.
+"""FID, the Frechet Inception Distance, as people report it: a few functions, and a command.
 
-    python fid.py real/ generated/               one number; each a folder, .zip, .npy (uint8 NHWC) or .npz
-    python fid.py real/ --save-stats real.npz    statistics for later, interchangeable with pytorch-fid's
+    python fid.py real/ generated/               print one number
+    python fid.py real/ --save-stats real.npz    keep statistics, interchangeable with pytorch-fid's
+    python fid.py real.npz generated/            use them
     python fid.py real/ generated/ --clean       resize as clean-fid does
 
-The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes, in full fp32.
-Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
-Stands alone: needs torch, torchvision, numpy, scipy and Pillow.
+A set of images is a folder, a .zip, or an .npy array, uint8 (N, H, W, 3), as data.py prepares it.
+The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes,
+always in full float32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
+This file stands alone: it needs torch, torchvision, numpy, scipy and Pillow.
 """
-import argparse, glob, hashlib, io, itertools, os, re, sys, time, urllib.error, zipfile
+import argparse
+import contextlib
+import hashlib
+import http.client
+import io
+import itertools
+import os
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import scipy.linalg
@@ -20,54 +33,91 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-               "pt_inception-2015-12-05-6726825d.pth")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-DIM = 2048  # of the features
+WEIGHTS_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+WEIGHTS_SHA256 = "6726825d"  # the first digits, which the file's name ends with
+FEATURES = 2048  # length of a feature vector
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def one_line(error):
+    """What an exception says, as one line."""
+    words = str(error).split() or [type(error).__name__]
+    return " ".join(words)[:300]
+
 
 # ---------------------------------------------------------------- the distance
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), squared, between two Gaussians.
 
-    mu: (D,), sigma: (D, D) symmetric positive semi-definite; computed in float64. With sigma1 = R R^T the
-    product has the eigenvalues of the symmetric R^T sigma2 R, so the trace needs no matrix square root, is
-    right for singular covariances and never complex. Returns a float, not negative. Raises ValueError for
-    shapes that do not match and for values that are not finite.
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), between two Gaussians.
+
+    mu: (D,), sigma: (D, D), symmetric and positive semi-definite. Returns a float, not negative,
+    computed in float64. Raises ValueError for shapes that do not match and for values that are
+    not finite.
+
+    With sigma1 = R R^T, the product sigma1 sigma2 has the eigenvalues of the symmetric matrix
+    R^T sigma2 R. So the trace needs no matrix square root, is right for singular covariances too,
+    and is never complex.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
-        shapes = f"{mu1.shape}, {sigma1.shape} against {mu2.shape}, {sigma2.shape}"
-        raise ValueError(f"statistics do not match: {shapes}")
+    statistics = [np.asarray(values, dtype=np.float64) for values in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = statistics
+    square = (mu1.size, mu1.size)
+    if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == square:
+        first = f"{mu1.shape} and {sigma1.shape}"
+        second = f"{mu2.shape} and {sigma2.shape}"
+        raise ValueError(f"statistics do not match: shapes {first} against {second}")
+    if not all(np.isfinite(values).all() for values in statistics):
+        raise ValueError("statistics are not finite: they hold NaN or infinity")
+
     values, vectors = scipy.linalg.eigh(sigma1, driver="evd")
     root = vectors * np.sqrt(values.clip(0))
-    trace = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
-    return max(0.0, float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
+    trace_of_root = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
+
+    difference = mu1 - mu2
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    return max(0.0, float(distance))
+
 
 class FeatureStats:
-    """Mean and covariance of features that come batch by batch: count, sum and outer product, in float64.
+    """Mean and covariance of features that come batch by batch.
 
-    Memory does not grow with the number of features, and merging is exact.
+    Keeps their number, sum and sum of outer products, in float64: memory does not grow with the
+    number of features, and merging is exact.
     """
-    def __init__(self, dim=DIM):
+
+    def __init__(self, dim=FEATURES):
         self.n = 0
         self.total = np.zeros(dim)
         self.outer = np.zeros((dim, dim))
 
     def update(self, features):
-        """features: (B, dim), a tensor or an array."""
+        """Add features (B, dim), a tensor or an array."""
         features = torch.as_tensor(features).detach().cpu().double().numpy()
+        if features.ndim != 2 or features.shape[1] != len(self.total):
+            raise ValueError(f"features are {features.shape}, not (B, {len(self.total)})")
         self.n += len(features)
         self.total += features.sum(0)
         self.outer += features.T @ features
 
     def merge(self, other):
-        """Add all that `other`, a FeatureStats too, has seen."""
+        """Add all that `other`, a FeatureStats of the same dim, has seen."""
+        if len(other.total) != len(self.total):
+            raise ValueError(f"features have {len(other.total)} and {len(self.total)} dimensions")
         self.n += other.n
         self.total += other.total
         self.outer += other.outer
 
     @property
     def mean(self):
+        """Mean (dim,). Raises ValueError while there are no features."""
+        if self.n < 1:
+            raise ValueError("statistics need at least one image")
         return self.total / self.n
 
     @property
@@ -77,168 +127,368 @@ class FeatureStats:
             raise ValueError("statistics need at least two images")
         return (self.outer - np.outer(self.mean, self.total)) / (self.n - 1)
 
+
 # ---------------------------------------------------------------- the network
-def leave_out_padding(_, inputs):
-    """Before `branch_pool`: turn an average over 3x3 that counts the zero padding into one that does not."""
-    return inputs[0] / F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, stride=1, padding=1)
+
+
+class LeaveOutPadding(nn.Module):
+    """Turns averages over 3x3 that count the zero padding into averages that do not.
+
+    torchvision's blocks average and then call `branch_pool`; this module goes in between.
+    """
+
+    def forward(self, average):
+        inside = torch.ones_like(average[:1, :1])
+        return average / F.avg_pool2d(inside, 3, stride=1, padding=1)
+
+
+class LastBlock(nn.Module):
+    """torchvision's last block, whose last branch takes the maximum over 3x3, not the average."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        largest = F.max_pool2d(x, 3, stride=1, padding=1)
+        last_branch = self.block.branch_pool(largest)
+        other_branches = self.block(x)[:, :-last_branch.shape[1]]
+        return torch.cat([other_branches, last_branch], 1)
+
 
 class Inception(nn.Module):
     """The 2015 Inception: uint8 (B, 3, H, W) of any size -> features (B, 2048), float32.
 
-    It differs from torchvision's in two things: its average pooling does not count the padding, and its last
-    block pools by the maximum, not the average. Images are resized to 299 x 299, bilinear as in pytorch-fid,
-    or with clean=True by the antialiased bicubic filter of Pillow as in clean-fid.
+    state: parameters under pytorch-fid's names. The network differs from torchvision's in two
+    things: its averages do not count the padding, and its last block takes a maximum. Images are
+    resized to 299 x 299, bilinear as in pytorch-fid, or with clean=True as in clean-fid.
     """
+
     def __init__(self, state):
         super().__init__()
-        from torchvision.models.inception import BasicConv2d, InceptionE, inception_v3  # slow to import
-
-        class LastBlock(InceptionE):
-            def _forward(self, x):
-                *others, _ = super()._forward(x)
-                return [*others, self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))]
+        # Imported here because it takes as long to import as torch itself.
+        from torchvision.models.inception import BasicConv2d, inception_v3
 
         net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        net.Mixed_7c = LastBlock(2048)
-        missing, unexpected = net.load_state_dict(state, strict=False)
-        wrong = [name for name in missing if not name.endswith("num_batches_tracked")] + unexpected
-        if wrong:
-            raise ValueError(f"parameter {wrong[0]} is {'not in the network' if unexpected else 'missing'}")
-        for name, module in net.eval().named_modules():
-            if name.endswith("branch_pool") and not name.startswith("Mixed_7c"):
-                module.register_forward_pre_hook(leave_out_padding)
-            if isinstance(module, BasicConv2d):  # the same function in one pass over memory less
+        net.load_state_dict(state)
+        net.eval()
+
+        # A convolution and its batch norm as one layer: the same function, and faster.
+        for module in net.modules():
+            if isinstance(module, BasicConv2d):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
+
+        for block in net.children():
+            if hasattr(block, "branch_pool") and block is not net.Mixed_7c:
+                block.branch_pool = nn.Sequential(LeaveOutPadding(), block.branch_pool)
+        net.Mixed_7c = LastBlock(net.Mixed_7c)
         net.fc = nn.Identity()
-        self.digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in state.values())).hexdigest()[:16]
         self.net = net.requires_grad_(False).to(memory_format=torch.channels_last)
+
+        content = b"".join(tensor.numpy().tobytes() for tensor in state.values())
+        self.digest = hashlib.sha256(content).hexdigest()[:16]
 
     def device(self):
         return next(self.net.parameters()).device
 
     @torch.no_grad()
     def forward(self, images, clean=False):
-        full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with full, torch.autocast(images.device.type, enabled=False):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            shape = tuple(images.shape)
+            raise ValueError(f"images are {images.dtype} {shape}, not uint8 (B, 3, H, W)")
+        with full_precision(), torch.autocast(images.device.type, enabled=False):
             if clean:
                 x = (clean_resize(images) - 128) / 128
             else:
                 x = F.interpolate(images.float(), (299, 299), mode="bilinear") / 127.5 - 1
             return self.net(x.contiguous(memory_format=torch.channels_last))
 
+
 def clean_resize(images):
-    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [0, 255], by Pillow's bicubic, as in clean-fid."""
+    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [0, 255], by Pillow's bicubic filter."""
     images = F.interpolate(images.float(), (299, 299), mode="bicubic", antialias=True)
     return images.clamp(0, 255)
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Keep TF32 out of cuDNN's convolutions.
+
+    torch has a new switch for it since 2.9, and warns about the old one, which `cudnn.flags` reads.
+    """
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        switch, name, off = cudnn.conv, "fp32_precision", "ieee"
+    else:
+        switch, name, off = cudnn, "allow_tf32", False
+    before = getattr(switch, name)
+    setattr(switch, name, off)
+    try:
+        yield
+    finally:
+        setattr(switch, name, before)
+
+
+def published_weights():
+    """Path of pytorch-fid's weights in torch.hub's folder; they are downloaded if need be.
+
+    torch.hub checks a file only while it downloads it, so a torn one would stay for ever.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rsplit("/", 1)[1])
+    if path.exists():
+        if hashlib.sha256(path.read_bytes()).hexdigest().startswith(WEIGHTS_SHA256):
+            return path
+        say(f"{path} is damaged; downloading it again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256)
+    return path
+
 
 def load_inception(weights=None, device="cpu"):
     """The Inception network for FID, in evaluation mode on `device`.
 
     weights: a file with pytorch-fid's parameter names; None downloads the published one, once.
-    Raises ValueError, in one line that says what to do, where the weights cannot be had or do not fit.
+    Raises ValueError, in one line that says what to do, if the weights cannot be had or used.
     """
     hint = f"get {WEIGHTS_URL} and name the file with --weights (--fid-weights in training)"
+    if weights is None:
+        try:
+            weights = published_weights()
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            message = f"the weights could not be downloaded ({one_line(error)}); {hint}"
+            raise ValueError(message) from error
     try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        else:
-            fetch = torch.hub.load_state_dict_from_url
-            state = fetch(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
-        inception = Inception(state)
-    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        raise ValueError(f"the Inception weights could not be downloaded ({error}); {hint}") from error
-    except Exception as error:  # no such file, torn, other weights, or a pickle that is more than weights
-        source = weights or "the download"
-        raise ValueError(f"{source} does not fit the network ({first_line(error)}); {hint}") from error
+        path = Path(weights).expanduser()
+        inception = Inception(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # no file, a torn one, other weights, or a pickle that runs code
+        message = f"{weights} does not fit the network ({one_line(error)}); {hint}"
+        raise ValueError(message) from error
     return inception.to(device)
 
-def say(line):
-    print(line, file=sys.stderr, flush=True)
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 # ---------------------------------------------------------------- sets of images
-def open_images(path):
-    """A folder, .zip or .npy -> (names, function of a name that returns a uint8 (H, W, 3) array)."""
-    if path.suffix == ".npy":
-        images = np.load(path, mmap_mode="r")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
-        return range(len(images)), images.__getitem__
-    if path.is_dir():
-        names = glob.glob("**/*", root_dir=path, recursive=True)
-        fetch = path.joinpath
-    elif path.suffix.lower() == ".zip" and path.is_file():
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        fetch = lambda name: io.BytesIO(archive.read(name))
-    else:
-        raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
 
-    def read(name):
-        with Image.open(fetch(name)) as image:
-            return np.asarray(image.convert("RGB"))
 
-    hidden = re.compile(r"(^|/)(\.(?!\./)|__MACOSX/)")
-    return sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not hidden.search(n)), read
+class ImageSet:
+    """Images of a set, read when they are asked for.
 
-def measure(path, inception, clean=False, batch_size=50):
-    """A folder, .zip or .npy of images -> FeatureStats.
-
-    Tells on standard error how fast it was and what it skipped. Raises ValueError with fewer than two images.
+    path: the set's, for messages. names: the images' names, for messages.
+    read: function of an index -> image, uint8 (H, W, 3), at the size it has.
     """
-    began = time.perf_counter()
-    names, read = open_images(Path(path))
+
+    def __init__(self, path, names, read):
+        if not names:
+            raise ValueError(f"{path} holds no images")
+        self.path = path
+        self.names = names
+        self.read = read
+
+    def batches(self, indices=None, batch_size=50):
+        """Yield lists of (name, image), decoded by threads while the caller works on the last.
+
+        indices: which images, all of them by default. An image that cannot be read is skipped.
+        Reports the speed and what was skipped on standard error.
+        """
+        began = time.perf_counter()
+        done = 0
+        skipped = []
+
+        def attempt(index):
+            try:
+                return self.names[index], self.read(index)
+            except Exception as error:  # Pillow raises nearly every kind of error for bad files
+                skipped.append(f"  skipped {self.names[index]!a}: {one_line(error)}")
+
+        if indices is None:
+            indices = range(len(self.names))
+        blocks = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+        ahead = []
+        with ThreadPoolExecutor() as pool:
+            for block in [*blocks, []]:
+                batch = [pair for pair in ahead if pair is not None]
+                ahead = pool.map(attempt, block)
+                if batch:
+                    yield batch
+                done += len(batch)
+                if sys.stderr.isatty():
+                    progress = f"\r{self.path}: {done:,}/{len(indices):,}"
+                    print(progress, end="\r", file=sys.stderr, flush=True)
+
+        speed = done / (time.perf_counter() - began)
+        say(f"{self.path}: {done:,} images, {len(skipped):,} skipped, {speed:.1f} img/s")
+        for line in skipped[:5]:
+            say(line)
+
+
+def is_hidden(name):
+    """Whether a file or one of its folders is hidden, or of those that macOS adds to archives."""
+    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def list_folder(folder):
+    """Names of all files below the folder, as posix paths relative to it.
+
+    Links are followed, and a folder that can be reached in several ways is entered once.
+    """
+    names = []
+    entered = set()
+
+    def report(error):
+        say(f"{error.filename} cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=report):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()  # os.walk goes no deeper here
+            continue
+        entered.add(real)
+        folders.sort()
+        base = PurePosixPath(Path(parent).relative_to(folder).as_posix())
+        names += [str(base / file) for file in files]
+    return names
+
+
+def choose_images(path, files, name_of=str):
+    """Those of the files that have an image's extension, sorted by name; hidden ones are left out.
+
+    Reports on standard error how many other files there are.
+    """
+    extensions = Image.registered_extensions()  # of all that the installed Pillow knows
+    images = []
+    others = Counter()
+    for file in files:
+        name = name_of(file)
+        extension = PurePosixPath(name).suffix.lower()
+        if is_hidden(name) or name.endswith("/"):  # archives name their folders too
+            continue
+        if extension in extensions:
+            images.append(file)
+        else:
+            others[extension or "without an extension"] += 1
+
+    if others:
+        most_first = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+        kinds = ", ".join(f"{count:,} {extension}" for extension, count in most_first)
+        word = "file" if others.total() == 1 else "files"
+        say(f"{path}: {others.total():,} other {word}: {kinds}")
+    return sorted(images, key=name_of)
+
+
+def decode(file):
+    """Pixels as pytorch-fid reads them: no colour profile, no orientation, no transparency."""
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def open_folder(path):
+    names = choose_images(path, list_folder(path))
+
+    def read(index):
+        file = path / names[index]
+        if not file.is_file():
+            raise ValueError("not a file")  # opening a named pipe would wait for ever
+        return decode(file)
+
+    return ImageSet(path, names, read)
+
+
+def open_zip(path):
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole zip archive ({one_line(error)})") from error
+    # Entries are read, not names: one name may stand for several images.
+    entries = choose_images(path, archive.infolist(), name_of=lambda entry: entry.filename)
+
+    def read(index):
+        return decode(io.BytesIO(archive.read(entries[index])))
+
+    return ImageSet(path, [entry.filename for entry in entries], read)
+
+
+def open_array(path):
+    try:
+        images = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole .npy array ({one_line(error)})") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
+    return ImageSet(path, range(len(images)), images.__getitem__)
+
+
+def open_images(path):
+    """A folder, a .zip or an .npy array of images -> ImageSet. Raises ValueError for others."""
+    path = Path(path)
+    if path.is_dir():
+        return open_folder(path)
+    if path.suffix.lower() == ".zip":
+        return open_zip(path)
+    if path.suffix.lower() == ".npy":
+        return open_array(path)
+    raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
+
+
+# ---------------------------------------------------------------- statistics of a set
+
+
+def measure(images, inception, clean=False):
+    """ImageSet -> FeatureStats of its features. Raises ValueError with fewer than two images."""
     stats = FeatureStats()
-    skipped = []
-
-    def attempt(name):
-        try:
-            return read(name)
-        except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            skipped.append(f"  skipped {name!a}: {first_line(error)}")
-
-    with ThreadPoolExecutor() as pool:
-        ahead = pool.map(attempt, names[:batch_size])
-        for i in range(batch_size, len(names) + batch_size, batch_size):
-            batch = [image for image in ahead if image is not None]
-            ahead = pool.map(attempt, names[i:i + batch_size])  # decoded while this batch is measured
-            for _, same in itertools.groupby(batch, key=np.shape):  # each at the size it has
-                images = torch.from_numpy(np.stack(list(same))).permute(0, 3, 1, 2)
-                stats.update(inception(images.to(inception.device()), clean))
-            if sys.stderr.isatty():
-                print(f"\r{path}: {stats.n:,}/{len(names):,}", end="\r", file=sys.stderr, flush=True)
-    say(f"{path}: {stats.n:,} images, {stats.n / (time.perf_counter() - began):.1f} img/s")
-    for line in skipped[:5]:
-        say(line)
+    for batch in images.batches():
+        pixels = [image for _, image in batch]
+        for _, same_size in itertools.groupby(pixels, key=np.shape):
+            stacked = torch.from_numpy(np.stack(list(same_size))).permute(0, 3, 1, 2)
+            stats.update(inception(stacked.to(inception.device()), clean))
     if stats.n < 2:
-        raise ValueError(f"{path} holds {stats.n} readable images; statistics need at least two")
+        raise ValueError(f"{images.path} holds {stats.n} readable images; two or more are needed")
+    if stats.n < FEATURES:  # the covariance is singular and the FID mostly bias
+        few = f"{images.path} has only {stats.n:,} images"
+        say(f"warning: {few}; a FID from fewer than {FEATURES:,} is not reliable")
     return stats
 
+
 def array_stats(images, inception):
-    """uint8 (N, H, W, 3) memory map -> (mu, sigma), kept in a file beside it for the next time."""
+    """A memory map, uint8 (N, H, W, 3) -> (mu, sigma), kept in a file beside it for next time."""
     cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
     if not cache.exists():
-        save_stats(measure(images.filename, inception), cache)
+        save_stats(measure(open_images(images.filename), inception), cache)
     return load_stats(cache)
 
-def drawn_stats(batches, inception):
-    """Batches of uint8 images (B, H, W, 3), say of a generator -> (mu, sigma)."""
+
+def generated_stats(batches, inception):
+    """Batches of uint8 images (B, H, W, 3), say a generator's -> (mu, sigma)."""
     stats = FeatureStats()
     for images in batches:
         stats.update(inception(images.permute(0, 3, 1, 2)))
     return stats.mean, stats.cov
 
+
 def load_stats(path):
-    """What `save_stats` or pytorch-fid wrote -> (mu, sigma)."""
-    with np.load(path) as file:
-        return file["mu"], file["sigma"]
+    """What `save_stats` or pytorch-fid wrote -> (mu, sigma). Raises ValueError for other files."""
+    hint = "write one with --save-stats"
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except Exception as error:  # numpy raises a different error for each kind of bad file
+        reason = one_line(error)
+        raise ValueError(f"{path} is not an .npz file of statistics ({reason}); {hint}") from error
+    if not {"mu", "sigma"} <= arrays.keys():
+        held = ", ".join(arrays) or "nothing"
+        raise ValueError(f"{path} holds {held}, not the arrays mu and sigma; {hint}")
+    mu = arrays["mu"]
+    sigma = arrays["sigma"]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        shapes = f"mu of shape {mu.shape} and sigma of shape {sigma.shape}"
+        raise ValueError(f"{path} holds {shapes}, not (D,) and (D, D); {hint}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path} holds values that are not finite; {hint}")
+    return mu, sigma
+
 
 def save_stats(stats, path):
-    """Write mean and covariance as pytorch-fid does, arrays mu and sigma; beside first, then renamed."""
-    partial = Path(f"{path}.{os.getpid()}")
+    """Write a FeatureStats as pytorch-fid does: arrays mu and sigma in an .npz file."""
+    partial = Path(f"{path}.{os.getpid()}")  # renamed once it is whole
     try:
         with open(partial, "wb") as file:
             np.savez(file, mu=stats.mean, sigma=stats.cov)
@@ -246,54 +496,122 @@ def save_stats(stats, path):
     finally:
         partial.unlink(missing_ok=True)
 
-# ---------------------------------------------------------------- command line
-def parse_args():
-    parser = argparse.ArgumentParser(description="Frechet Inception Distance between two sets of images.")
-    parser.error = stop
-    flag = parser.add_argument
-    flag("sets", nargs="+", metavar="SET", help="a folder, .zip or .npy of images, or an .npz of statistics")
-    flag("--save-stats", metavar="NPZ", help="write mean and covariance of the only SET to this new file")
-    flag("--clean", action="store_true", help="resize as clean-fid does")
-    flag("--weights", help="file of Inception weights (the published ones, downloaded once)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    args = parser.parse_args()
-    if len(args.sets) != (1 if args.save_stats else 2):
-        stop("give two sets to compare, or one set and --save-stats FILE.npz")
-    if args.save_stats and Path(args.save_stats).exists():
-        stop(f"--save-stats {args.save_stats} exists; name a new file")
-    for path in args.sets:
-        if not Path(path).exists():
-            stop(f"{path} does not exist; name a folder, .zip, .npy or .npz")
-    try:
-        torch.zeros(1, device=args.device)
-    except Exception as error:
-        stop(f"--device {args.device} is not available ({first_line(error)}); try --device cpu")
-    return args
 
-def stop(message):
+# ---------------------------------------------------------------- command line
+
+
+def fail(message):
     """End with one line and exit code 2."""
     say(f"fid.py: {message}")
     sys.exit(2)
 
-def main(args):
-    results = []
-    if not all(path.endswith(".npz") for path in args.sets):
-        inception = load_inception(args.weights, args.device)
+
+def user_path(text):
+    """A path as typed -> Path, with ~ expanded. Empty text is refused: "" would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a shell variable not set?")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no home
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Compare two sets of images: the Frechet Inception Distance.",
+        epilog="Pixels are read as pytorch-fid reads them, without colour profiles, orientation "
+        "or transparency; to compare with the images that a training run sees, name the .npy "
+        "file that data.py prepared. Hidden files are left out.",
+    )
+    parser.error = fail  # one line; argparse would add the usage
+    parser.add_argument(
+        "sets", nargs="+", type=user_path, metavar="SET",
+        help="a folder (searched recursively), .zip or .npy of images, or an .npz of statistics",
+    )
+    parser.add_argument(
+        "--save-stats", type=user_path, metavar="NPZ",
+        help="write the mean and covariance of the only SET to this new file",
+    )
+    parser.add_argument("--clean", action="store_true", help="resize images as clean-fid does")
+    parser.add_argument(
+        "--weights", type=user_path, metavar="FILE",
+        help="Inception weights (default: the published ones, downloaded once)",
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the network runs, say cuda or cpu (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+def is_statistics(path):
+    return path.suffix.lower() == ".npz"
+
+
+def check_args(args):
+    """Refuse at the start what would fail later."""
+    if len(args.sets) != (1 if args.save_stats else 2):
+        fail("give two sets to compare, or one set and --save-stats FILE.npz")
     for path in args.sets:
-        if path.endswith(".npz"):
-            results.append(load_stats(path))
-            continue
-        stats = measure(path, inception, args.clean)
-        results.append((stats.mean, stats.cov))
-        if stats.n < DIM:  # the covariance is singular and the FID mostly bias
-            say(f"warning: {path} has only {stats.n:,} images; a FID from fewer than {DIM:,} is not reliable")
+        if not path.exists():
+            fail(f"{path} does not exist; name a folder, .zip, .npy or .npz")
+        if is_statistics(path) and args.save_stats:
+            fail(f"{path} holds statistics; --save-stats needs images")
     if args.save_stats:
-        save_stats(stats, args.save_stats)
-    else:
-        print(f"{frechet_distance(*results[0], *results[1]):.6f}")
+        if not is_statistics(args.save_stats):
+            fail(f"--save-stats {args.save_stats} must end in .npz")
+        if args.save_stats.exists():
+            fail(f"--save-stats {args.save_stats} exists; name a new file")
+        try:
+            tempfile.TemporaryFile(dir=args.save_stats.parent).close()
+        except OSError as error:
+            fail(f"--save-stats {args.save_stats} cannot be written ({one_line(error)})")
+
+    try:
+        torch.zeros(1, device=args.device)
+    except Exception as error:  # torch raises a different error for each kind of device
+        fail(f"--device {args.device} is not available ({one_line(error)}); try --device cpu")
+
+
+def write_stats(args):
+    """Save the statistics of the only set."""
+    images = open_images(args.sets[0])
+    inception = load_inception(args.weights, args.device)
+    save_stats(measure(images, inception, args.clean), args.save_stats)
+
+
+def print_fid(args):
+    """Print the distance of the two sets."""
+    # Everything is opened before the first image is measured, so that a bad set fails at once.
+    statistics = {path: load_stats(path) for path in args.sets if is_statistics(path)}
+    sets = {path: open_images(path) for path in args.sets if not is_statistics(path)}
+
+    if sets:
+        for path, (mu, _) in statistics.items():
+            if len(mu) != FEATURES:
+                raise ValueError(f"{path} holds statistics of {len(mu)} features, not {FEATURES}")
+        inception = load_inception(args.weights, args.device)
+        for path, images in sets.items():
+            measured = measure(images, inception, args.clean)
+            statistics[path] = (measured.mean, measured.cov)
+
+    first, second = (statistics[path] for path in args.sets)
+    print(f"{frechet_distance(*first, *second):.6f}")
+
+
+def main():
+    args = parse_args()
+    check_args(args)
+    try:
+        if args.save_stats:
+            write_stats(args)
+        else:
+            print_fid(args)
+    except (ValueError, OSError) as error:
+        fail(one_line(error))
+    except KeyboardInterrupt:
+        fail("interrupted")
+
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        stop(first_line(error))
+    main()

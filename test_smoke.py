@@ -1394,58 +1394,166 @@ def test_cuda(script, cli, tmp_path):
 
 # ---------------------------------------------------------------- FID
 
-def gaussian(seed, n=300, dim=64):
+
+def random_stats(seed, n=300, dim=64):
+    """Features of a random Gaussian -> (features, FeatureStats)."""
     features = np.random.default_rng(seed).normal(size=(n, dim))
     features = features @ np.random.default_rng(seed + 1).normal(size=(dim, dim)) + seed
     stats = fid.FeatureStats(dim)
     stats.update(features)
     return features, stats
 
-def test_frechet_distance():
+
+def distance_of(one, two):
+    return fid.frechet_distance(one.mean, one.cov, two.mean, two.cov)
+
+
+def save_noise(folder, count, size=(30, 30), seed=0):
+    """A folder of PNGs -> the images, a list of arrays."""
+    folder.mkdir()
+    images = [make_image(seed + i, size) for i in range(count)]
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:04}.png")
+    return [np.asarray(image) for image in images]
+
+
+def test_frechet_distance_in_closed_form():
     mu = np.array([1.0, 2.0, 3.0])
     a = np.diag([1.0, 4.0, 9.0])
     b = np.diag([4.0, 0.0, 1.0])
     assert fid.frechet_distance(mu, a, mu + 1, b) == pytest.approx(3 + 1 + 4 + 4)
-    _, s = gaussian(0)
-    _, t = gaussian(5)
-    _, few = gaussian(2, n=10)  # singular
+
+    _, s = random_stats(0)
+    _, t = random_stats(5)
     roots = np.sqrt(np.linalg.eigvals(s.cov @ t.cov).real.clip(0)).sum()
     expected = ((s.mean - t.mean) ** 2).sum() + np.trace(s.cov + t.cov) - 2 * roots
-    assert fid.frechet_distance(s.mean, s.cov, t.mean, t.cov) == pytest.approx(expected, rel=1e-6)
-    for one in (s, few):
-        assert 0 <= fid.frechet_distance(one.mean, one.cov, one.mean, one.cov) < 1e-6 * np.trace(one.cov)
-    there = fid.frechet_distance(s.mean, s.cov, few.mean, few.cov)
-    back = fid.frechet_distance(few.mean, few.cov, s.mean, s.cov)
-    assert there == pytest.approx(back, rel=1e-6)
-    with pytest.raises(ValueError):
-        fid.frechet_distance(s.mean, s.cov, mu, a)
-    with pytest.raises(ValueError):
-        fid.frechet_distance(mu, a * np.nan, mu, a)
+    assert distance_of(s, t) == pytest.approx(expected, rel=1e-6)
 
-def test_feature_stats():
-    features, whole = gaussian(1)
-    one, two = fid.FeatureStats(64), fid.FeatureStats(64)
+
+def test_frechet_distance_of_singular_covariances():
+    _, s = random_stats(0)
+    _, few = random_stats(2, n=10)
+    for stats in (s, few):
+        assert 0 <= distance_of(stats, stats) < 1e-6 * np.trace(stats.cov)
+    assert distance_of(s, few) == pytest.approx(distance_of(few, s), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", range(4))
+def test_statistics_that_are_not_finite_are_refused(place, bad):
+    statistics = [np.zeros(3), np.eye(3), np.zeros(3), np.eye(3)]
+    statistics[place].flat[0] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        fid.frechet_distance(*statistics)
+
+
+def test_shapes_that_would_broadcast_are_refused(inception):
+    mu = np.zeros(3)
+    sigma = np.eye(3)
+    with pytest.raises(ValueError, match="do not match"):
+        fid.frechet_distance(mu, sigma, mu[:1], sigma)
+    with pytest.raises(ValueError, match="do not match"):
+        fid.frechet_distance(mu, sigma, mu, sigma[:1])
+
+    stats = fid.FeatureStats(3)
+    for features in (np.zeros((5, 1)), np.zeros(3), np.zeros((5, 3, 3))):
+        with pytest.raises(ValueError, match=r"not \(B, 3\)"):
+            stats.update(features)
+    with pytest.raises(ValueError, match="1 and 3 dimensions"):
+        stats.merge(fid.FeatureStats(1))
+    assert stats.n == 0
+
+    for images in (torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, 3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="not uint8"):
+            inception(images)
+
+
+def test_statistics_of_batches_are_those_of_the_whole():
+    features, whole = random_stats(1)
+    one = fid.FeatureStats(64)
+    two = fid.FeatureStats(64)
     for i in range(0, 300, 70):
         (one if i < 140 else two).update(torch.from_numpy(features[i:i + 70]).float())
     one.merge(two)
     assert one.n == 300
     np.testing.assert_allclose(one.mean, features.mean(0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole.cov, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError):
-        fid.FeatureStats(3).cov
 
-def test_weights_that_do_not_fit(inception_file, tmp_path):
+    for stats, moment in ((fid.FeatureStats(3), "mean"), (fid.FeatureStats(3), "cov")):
+        with pytest.raises(ValueError, match="at least"):
+            getattr(stats, moment)
+
+
+def test_weights_that_do_not_fit_are_named(inception_file, tmp_path):
     state = weights(inception_file)
     first = "Conv2d_1a_3x3.conv.weight"
     without = {name: tensor for name, tensor in state.items() if name != first}
     zeros = torch.zeros(1000, 2048)
-    for wrong in (without, {**state, "surplus": zeros}, {**state, "fc.weight": zeros}):
+    cases = [
+        (without, f"Missing.*{first}"),
+        ({**state, "surplus": zeros}, "Unexpected.*surplus"),
+        ({**without, "surplus": zeros}, f"Missing.*{first}.*Unexpected.*surplus"),
+        ({**state, "fc.weight": zeros}, "size mismatch for fc.weight"),
+        ([zeros], "dict"),
+    ]
+    for wrong, reason in cases:
         torch.save(wrong, tmp_path / "wrong.pth")
-        with pytest.raises(ValueError, match=r"wrong\.pth does not fit"):
+        with pytest.raises(ValueError, match=rf"wrong\.pth does not fit .*{reason}.*--weights"):
             fid.load_inception(tmp_path / "wrong.pth")
 
-def test_parity_with_pytorch_fid(inception_file, inception, tmp_path, monkeypatch, cli, capsys):
-    peer = pytest.importorskip("pytorch_fid.inception", reason="pip install pytorch-fid for this test")
+
+def test_weights_cannot_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(fid, "WEIGHTS_URL", "http://127.0.0.1:9/weights-12345678.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="could not be downloaded.*--fid-weights"):
+        fid.load_inception()
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_damaged_download_is_replaced(inception_file, inception, monkeypatch, tmp_path, capsys):
+    import hashlib
+
+    content = inception_file.read_bytes()
+    monkeypatch.setattr(fid, "WEIGHTS_URL", inception_file.as_uri())
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest()[:8])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kept = tmp_path / "hub" / "checkpoints" / inception_file.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content[:1000])
+    assert fid.load_inception().digest == inception.digest
+    assert kept.read_bytes() == content and "damaged" in capsys.readouterr().err
+
+    monkeypatch.setattr(fid, "WEIGHTS_URL", "http://127.0.0.1:9/inception.pth")
+    assert fid.load_inception().digest == inception.digest  # from the folder
+
+    kept.write_bytes(content[:1000])  # what is there stays until there is a better one
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        fid.load_inception()
+    assert kept.read_bytes() == content[:1000]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs torch 2.9")
+def test_network_runs_without_tf32_and_without_warnings(inception, recwarn):
+    """Also where only the new switches are set, of which `cudnn.flags` makes an error."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    seen = []
+    hook = inception.net.register_forward_hook(lambda *_: seen.append(switch.fp32_precision))
+    try:
+        for setting in ("tf32", "ieee"):
+            switch.fp32_precision = setting
+            inception(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+            assert switch.fp32_precision == setting
+    finally:
+        hook.remove()
+        switch.fp32_precision = before
+    assert seen == ["ieee", "ieee"] and not recwarn.list
+
+
+def test_features_and_distance_are_those_of_pytorch_fid(
+    inception_file, inception, tmp_path, monkeypatch, cli, capsys
+):
+    peer = pytest.importorskip("pytorch_fid.inception", reason="needs pytorch-fid")
     score = pytest.importorskip("pytorch_fid.fid_score")
     monkeypatch.setattr(peer, "load_state_dict_from_url", lambda *_, **__: weights(inception_file))
     net = peer.InceptionV3([3]).eval()
@@ -1458,80 +1566,204 @@ def test_parity_with_pytorch_fid(inception_file, inception, tmp_path, monkeypatc
         return result, time.perf_counter() - began
 
     with torch.no_grad():
-        theirs, their_time = timed(lambda: torch.cat([net(half / 255)[0].flatten(1) for half in halves]))
+        both = timed(lambda: torch.cat([net(half / 255)[0].flatten(1) for half in halves]))
+    theirs, their_time = both
     ours, our_time = timed(lambda: torch.cat([inception(half) for half in halves]))
-    assert theirs.std() > 0.1 and ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
-    theirs = theirs.double().numpy()
-    a = [theirs[:12].mean(0), np.cov(theirs[:12], rowvar=False)]
-    b = [theirs[12:].mean(0), np.cov(theirs[12:], rowvar=False)]
-    expected, their_root = timed(score.calculate_frechet_distance, *a, *b)
-    value, our_root = timed(fid.frechet_distance, *a, *b)
+    assert theirs.std() > 0.1 and (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+    parts = theirs.double().numpy().reshape(2, 12, -1)
+    statistics = [f(part) for part in parts for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    expected, their_root = timed(score.calculate_frechet_distance, *statistics)
+    value, our_root = timed(fid.frechet_distance, *statistics)
     assert value == pytest.approx(expected, rel=1e-3)
     with capsys.disabled():
         print(f"\nfeatures: {24 / our_time:.1f} images/s (pytorch-fid {24 / their_time:.1f}); "
               f"distance in {our_root:.1f} s ({their_root:.1f} s)")
 
-    (tmp_path / "a").mkdir()
-    for i, image in enumerate(images[:12]):
-        Image.fromarray(image).save(tmp_path / "a" / f"{i}.png")
-    np.save(tmp_path / "a.npy", images[:12])
-    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-        archive.writestr("bad.jpg", b"bad")
-        for i, image in enumerate(images[12:]):
-            Image.fromarray(image).save(tmp_path / "b.png")
-            archive.write(tmp_path / "b.png", f"{i}.png")
+    # Their statistics are read by us, and ours by them.
     own = ["--weights", inception_file, "--device", "cpu"]
-    code, out, err = cli("fid", tmp_path / "a.npy", tmp_path / "b.zip", *own)
+    np.save(tmp_path / "a.npy", images[:12])
+    np.savez(tmp_path / "b.npz", mu=statistics[2], sigma=statistics[3])
+    code, out, err = cli("fid", tmp_path / "a.npy", tmp_path / "b.npz", *own)
+    assert code == 0 and float(out) == pytest.approx(expected, rel=1e-3) and "not reliable" in err
+    ours = tmp_path / "a.npz"
+    assert cli("fid", tmp_path / "a.npy", "--save-stats", ours, *own)[0] == 0
+    mu, sigma = score.compute_statistics_of_path(str(ours), None, 1, 2048, "cpu")
+    np.testing.assert_allclose(mu, statistics[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(sigma, statistics[1], rtol=1e-2, atol=1e-2)
+    code, out, _ = cli("fid", ours, tmp_path / "b.npz")  # needs no weights
     assert code == 0 and float(out) == pytest.approx(expected, rel=1e-3)
-    assert "not reliable" in err and "bad.jpg" in err
-    assert cli("fid", tmp_path / "a", "--save-stats", tmp_path / "a.npz", *own)[0] == 0
-    mu, sigma = score.compute_statistics_of_path(str(tmp_path / "a.npz"), None, 1, 2048, "cpu")
-    np.testing.assert_allclose(mu, a[0], rtol=1e-3, atol=1e-4)
-    np.savez(tmp_path / "b.npz", mu=b[0], sigma=b[1])  # theirs, read by us
-    code, out, _ = cli("fid", tmp_path / "a.npz", tmp_path / "b.npz")
-    assert code == 0 and float(out) == pytest.approx(expected, rel=1e-3)
-    refused(cli("fid", tmp_path / "a.npz", tmp_path / "none"), "none")
-    refused(cli("fid", tmp_path / "a.npz"), "--save-stats")
-    refused(cli("fid", tmp_path / "a.npz", tmp_path / "b.npz", "--device", "cuda:99"), "--device")
-    refused(cli("fid", tmp_path / "a", "--save-stats", tmp_path / "a.npz"), "exists")
 
-def test_parity_with_clean_fid():
-    resize = pytest.importorskip("cleanfid.resize", reason="pip install clean-fid for this test")
+
+def test_resizing_is_that_of_clean_fid():
+    resize = pytest.importorskip("cleanfid.resize", reason="needs clean-fid")
     for shape in ((40, 50), (400, 350)):
         image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-        ours = fid.clean_resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-        np.testing.assert_allclose(ours, resize.build_resizer("clean")(image), atol=0.02)
+        ours = fid.clean_resize(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
+        theirs = resize.build_resizer("clean")(image)
+        np.testing.assert_allclose(ours.permute(1, 2, 0), theirs, atol=0.02)
+
 
 def test_mixed_sizes_are_measured_each_at_its_own(inception, tmp_path):
-    for i, size in enumerate((30, 30, 50)):
-        make_image(i, (size, size)).save(tmp_path / f"{i}.png")
-    stats = fid.measure(tmp_path, inception)
+    save_noise(tmp_path / "set", 2)
+    make_image(2, (50, 50)).save(tmp_path / "set" / "large.png")
+    stats = fid.measure(fid.open_images(tmp_path / "set"), inception)
     assert stats.n == 3
     each = []
     for i, size in enumerate((30, 30, 50)):
         image = torch.from_numpy(np.array(make_image(i, (size, size))))
         each.append(inception(image.permute(2, 0, 1)[None]))
-    each = torch.cat(each)
-    np.testing.assert_allclose(stats.mean, each.double().mean(0), rtol=1e-4, atol=1e-5)
+    expected = torch.cat(each).double().mean(0)
+    np.testing.assert_allclose(stats.mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def read_all(path):
+    """Every image that fid.py finds -> [(name, array), ...]."""
+    return [pair for batch in fid.open_images(path).batches() for pair in batch]
+
+
+def test_folder_with_links_and_other_files(tmp_path, capsys):
+    home = tmp_path / "set"
+    first, second = save_noise(home, 2)
+    save_noise(tmp_path / "elsewhere", 1, seed=7)
+    (home / "sub").mkdir()
+    for name in ("UPPER.PNG", "sub/a.jfif", "sub/b.ppm", "sub/c.tga"):
+        make_image(3).save(home / name, {"jfif": "JPEG"}.get(name[-4:]))
+    for name in ("notes.txt", "x.HEIC", "y.heic", "more.zip", "none", ".hidden.png", "broken.png"):
+        (home / name).write_bytes(b"no image")
+    (home / ".cache").mkdir()
+    make_image(4).save(home / ".cache" / "0.png")
+    (home / "folder.png").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(home / "pipe.png")
+    try:
+        (home / "again").symlink_to(home, target_is_directory=True)
+        (home / "sub" / "up").symlink_to(home, target_is_directory=True)
+        (home / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("needs symbolic links")
+
+    found = read_all(home)
+    expected = ["0000.png", "0001.png", "UPPER.PNG", "linked/0000.png", "sub/a.jfif"]
+    assert [name for name, _ in found] == [*expected, "sub/b.ppm", "sub/c.tga"]
+    assert np.array_equal(found[0][1], first) and np.array_equal(found[1][1], second)
+    said = capsys.readouterr().err
+    assert "5 other files: 2 .heic, 1 .txt, 1 .zip, 1 without an extension" in said
+    assert "7 images" in said and "skipped 'broken.png'" in said
+    assert "skipped 'pipe.png': not a file" in said or not hasattr(os, "mkfifo")
+
+
+def test_name_that_is_twice_in_an_archive(tmp_path, capsys):
+    one, two = save_noise(tmp_path / "set", 2)
+    path = tmp_path / "set.ZIP"
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("folder.png/", b"")
+        archive.write(tmp_path / "set" / "0000.png", "x.png")
+        archive.write(tmp_path / "set" / "0001.png", "x.png")
+        archive.writestr("__MACOSX/._x.png", b"no image")
+        archive.writestr("readme", b"no image")
+    (_, first), (_, second) = read_all(path)
+    assert np.array_equal(first, one) and np.array_equal(second, two)
+    assert "1 other file: 1 without an extension" in capsys.readouterr().err
+
+
+def test_pixels_are_read_as_pytorch_fid_reads_them(tmp_path):
+    image = make_image(0, (20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "a.png", exif=exif)
+    clear = image.copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "b.png")
+    for _, pixels in read_all(tmp_path):
+        assert np.array_equal(pixels, np.asarray(image))
+
+
+@pytest.fixture
+def bad_sets(tmp_path, monkeypatch):
+    """The working directory, with sets of every bad kind, and a.npz, which is good."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez("b.npz", mu=np.zeros(3), sigma=np.eye(3) * 4)
+    np.savez("other.npz", mean=np.zeros(3))
+    np.savez("shapes.npz", mu=np.zeros(3), sigma=np.eye(2))
+    np.savez("nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez("objects.npz", mu=np.array([{}]), sigma=np.eye(1))
+    np.savez("small.npz", mu=np.zeros(2), sigma=np.eye(2))  # of other features
+    np.save("single.npy", np.zeros((3, 3)))
+    Path("single.npy").rename("single.npz")
+    np.save("float.npy", np.zeros((3, 8, 8, 3)))
+    np.save("whole.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    Path("torn.npy").write_bytes(Path("whole.npy").read_bytes()[:-9])
+    for name in ("text.npz", "text.npy", "text.zip", "text.txt"):
+        Path(name).write_text("no such thing")
+    for name in ("empty.npz", "empty.npy", "empty.zip"):
+        Path(name).touch()
+    save_noise(Path("set"), 3)
+    Path("nothing").mkdir()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("text.npz", "statistics"), ("empty.npz", "statistics"), ("single.npz", "statistics"),
+    ("objects.npz", "statistics"), ("other.npz", "holds mean, not"), ("shapes.npz", "(2, 2)"),
+    ("nan.npz", "not finite"), ("small.npz", "2 features"),
+    ("float.npy", "float64"), ("torn.npy", "not a whole"), ("text.npy", "not a whole"),
+    ("empty.npy", "not a whole"), ("text.zip", "not a whole"), ("empty.zip", "not a whole"),
+    ("text.txt", "neither"), ("missing", "does not exist"), ("", "empty"),
+    ("nothing", "no images"),
+])
+def test_set_that_cannot_be_used_is_refused_at_once(name, words, bad_sets, cli):
+    refused(cli("fid", "set", name, "--weights", "none"), words)  # no network was asked for
+
+
+def test_set_with_one_readable_image_is_refused(bad_sets, cli, inception_file):
+    Path("set/0001.png").write_bytes(b"broken")
+    Path("set/0002.png").write_bytes(b"broken")
+    flags = ["--weights", inception_file, "--device", "cpu"]
+    refused(cli("fid", "set", "set", *flags), "set holds 1 readable")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["a.npz"], "two sets"),
+    (["a.npz", "b.npz", "a.npz"], "two sets"),
+    (["a.npz", "small.npz"], "do not match"),
+    (["set", "set", "--save-stats", "new.npz"], "one set"),
+    (["a.npz", "--save-stats", "new.npz"], "a.npz holds statistics"),
+    (["set", "--save-stats", "a.npz"], "exists"),
+    (["set", "--save-stats", "missing/new.npz"], "cannot be written"),
+    (["set", "--save-stats", "text.txt/new.npz"], "cannot be written"),
+    (["set", "--save-stats", "new.npy"], "end in .npz"),
+    (["set", "--save-stats", ""], "empty"),
+    (["set", "set", "--weights", "missing.pth"], "missing.pth"),
+    (["a.npz", "b.npz", "--device", "cuda:99"], "--device"),
+])
+def test_flags_that_cannot_work_are_refused(flags, words, bad_sets, cli):
+    refused(cli("fid", *flags), words)
+    assert not Path("new.npz").exists()
+
+
+def test_home_is_expanded(bad_sets, cli, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, os.getcwd())
+    monkeypatch.chdir("nothing")
+    code, out, _ = cli("fid", "~/a.npz", "~/b.npz")
+    assert code == 0 and float(out) == pytest.approx(3)
+
 
 def test_fid_in_training(inception_file, cli, tmp_path):
     flags = [*TINY, "--iters", 4, "--log-every", 4]
     measured = ["--fid-every", 2, "--fid-samples", 6, "--fid-weights", inception_file]
     assert cli("gan_qp", *flags, "--out", tmp_path / "off")[0] == 0
     assert cli("gan_qp", *flags, *measured, "--out", tmp_path / "on")[0] == 0
-    log = [json.loads(line) for line in (tmp_path / "on" / "log.jsonl").open()]
+    log = log_of(tmp_path / "on")
     assert [row["iter"] for row in log] == [2, 4] and all(row["fid"] > 0 for row in log)
-    on, off = weights(tmp_path / "on" / "last.pt"), weights(tmp_path / "off" / "last.pt")
+
+    on = weights(tmp_path / "on" / "last.pt")
+    off = weights(tmp_path / "off" / "last.pt")
     assert_same(on, off)
     best = min(log, key=lambda row: row["fid"])["iter"]
     assert weights(tmp_path / "on" / "best.pt")["iter"] == best
 
-def test_downloads_without_a_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(fid, "WEIGHTS_URL", "http://127.0.0.1:9/weights-12345678.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="could not be downloaded.*--fid-weights"):
-        fid.load_inception()
-    assert not list(tmp_path.rglob("*.pth"))
 
 # ---------------------------------------------------------------- README
 
