@@ -4,10 +4,12 @@
     python fid.py real/ --save-stats real.npz    keep statistics, interchangeable with pytorch-fid's
     python fid.py real.npz generated/            use them
     python fid.py real/ generated/ --clean       resize as clean-fid does
+    python fid.py real/ generated/ --swd         the sliced Wasserstein distance: needs no weights
 
 A set of images is a folder, a .zip, or an .npy array, uint8 (N, H, W, 3), as data.py prepares it.
 The network is the 2015 Inception of the FID papers with the weights that pytorch-fid publishes,
-always in full float32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222.
+always in full float32. Heusel et al., arXiv 1706.08500; --clean: Parmar et al., arXiv 2104.11222;
+--swd: Karras et al., arXiv 1710.10196, section 5.
 This file stands alone: it needs torch, torchvision, numpy, scipy and Pillow.
 """
 import argparse
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -39,6 +42,8 @@ WEIGHTS_URL = (
 )
 WEIGHTS_SHA256 = "6726825d"  # the first digits, which the file's name ends with
 FEATURES = 2048  # length of a feature vector
+SWD_IMAGES = 4096  # at most so many of each set are compared
+SWD_FEWEST = 128
 
 
 def say(line):
@@ -497,6 +502,120 @@ def save_stats(stats, path):
         partial.unlink(missing_ok=True)
 
 
+# ---------------------------------------------------------------- sliced Wasserstein distance
+
+
+def blur(images, stride=1):
+    """Filter each channel of (B, 3, S, S) with the 5x5 binomial kernel; the edges are mirrored."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    kernel = torch.outer(row, row).expand(3, 1, 5, 5)
+    return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, stride=stride, groups=3)
+
+
+def laplacian_pyramid(images):
+    """float32 (B, 3, S, S), S a power of two from 16 on -> list of levels, from S down to 16 px.
+
+    A level is what the images lose when they are halved and enlarged again. The last level is
+    the images themselves at 16 px.
+    """
+    levels = []
+    while images.shape[-1] > 16:
+        half = blur(images, stride=2)
+        enlarged = torch.zeros_like(images)
+        enlarged[:, :, ::2, ::2] = half
+        levels.append(images - 4 * blur(enlarged))  # 4: three of four pixels were zero
+        images = half
+    return [*levels, images]
+
+
+def cut_patches(level, generators, count=32, side=7):
+    """(B, 3, S, S) -> (B, count, 3, side, side), at places drawn by each image's own generator."""
+    free = level.shape[-1] - side + 1
+    places = np.stack([generator.integers(free, size=(2, count)) for generator in generators])
+    rows, columns = torch.from_numpy(places).unbind(1)
+    windows = level.unfold(2, side, 1).unfold(3, side, 1)
+    return windows[torch.arange(len(level))[:, None], :, rows, columns]
+
+
+def normalise_channels(patches):
+    """(N, P, 3, h, w) -> points (N P, 3 h w), each channel with mean 0 and deviation 1."""
+    deviation, mean = torch.std_mean(patches, (0, 1, 3, 4), keepdim=True)
+    deviation = deviation.clamp_min(1e-3)  # of 255: do not divide the rounding of a blank level
+    return ((patches - mean) / deviation).flatten(2).flatten(0, 1)
+
+
+def sliced_wasserstein(a, b, directions=256, seed=0):
+    """Two arrays of points (N, D) -> their Wasserstein-1 distance along a line, a float.
+
+    It is the mean over lines of random directions. On a line, sorting pairs the points.
+    """
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"points have the shapes {a.shape} and {b.shape}, not twice (N, D)")
+    lines = np.random.default_rng(seed).standard_normal((directions, a.shape[1]), a.dtype)
+    lines /= np.linalg.norm(lines, axis=1, keepdims=True)
+    total = 0.0
+    for i in range(0, directions, 16):  # all at once would take much memory
+        some = lines[i:i + 16]
+        gaps = np.abs(np.sort(some @ a.T) - np.sort(some @ b.T))
+        total += gaps.mean(axis=1, dtype=np.float64).sum()
+    return float(total / directions)
+
+
+def evenly_spaced(length, count):
+    """`count` indices, or all of them if they are fewer, spread evenly over range(length)."""
+    return np.linspace(0, length - 1, min(length, count)).astype(int)
+
+
+def patches_by_level(images, indices, seed=0):
+    """Chosen images of an ImageSet -> {level's size: patches (N, 32, 3, 7, 7)}, in 8-bit steps.
+
+    Raises ValueError unless the images are squares of one size, a power of two from 16 px on.
+    """
+    levels = {}
+    for batch in images.batches(indices, batch_size=8):  # few, for they may be large
+        size = max(levels, default=len(batch[0][1]))  # of the set's first image
+        for name, image in batch:
+            if image.shape != (size, size, 3) or size < 16 or size & (size - 1):
+                found = f"{images.path}: {name!a} has {image.shape[1]} x {image.shape[0]} px"
+                needed = "squares of one size, a power of two from 16 on, as data.py prepares them"
+                raise ValueError(f"{found}; --swd needs {needed}")
+
+        # The places follow from an image's own pixels, so the order of a set does not matter.
+        pixels = np.stack([image for _, image in batch])
+        generators = [np.random.default_rng((seed, zlib.crc32(image))) for image in pixels]
+        for level in laplacian_pyramid(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()):
+            levels.setdefault(level.shape[-1], []).append(cut_patches(level, generators))
+    return {size: torch.cat(levels.pop(size)) for size in list(levels)}
+
+
+def compare_by_level(first, second, seed=0):
+    """Two ImageSets -> {level's size in px: sliced Wasserstein distance times 1,000}.
+
+    Compares up to 4,096 images of each, spread evenly over the set, by 32 patches of 7x7 of each
+    image and level. Takes about 80 MB of memory for each set and level.
+    """
+    sets = (first, second)
+    count = min(len(first.names), len(second.names), SWD_IMAGES)
+    found = [patches_by_level(s, evenly_spaced(len(s.names), count), seed) for s in sets]
+    count = min(len(levels.get(16, ())) for levels in found)  # some images may be unreadable
+    if count < SWD_FEWEST:
+        raise ValueError(f"--swd needs {SWD_FEWEST} readable images in each set, not {count}")
+    if found[0].keys() != found[1].keys():
+        sizes = [f"{s.path} has {max(levels)} px" for s, levels in zip(sets, found, strict=True)]
+        raise ValueError(f"{' and '.join(sizes)}; --swd needs images of the same size")
+
+    say(f"sliced Wasserstein distance x 1,000, of {count:,} images of each set")
+    distances = {}
+    for size in list(found[0]):
+        points = []
+        for levels in found:
+            patches = levels.pop(size)  # not needed any more afterwards, and large
+            chosen = patches[evenly_spaced(len(patches), count)]
+            points.append(normalise_channels(chosen).numpy())
+        distances[size] = 1000 * sliced_wasserstein(*points, seed=seed)
+    return distances
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -534,6 +653,11 @@ def parse_args():
     )
     parser.add_argument("--clean", action="store_true", help="resize images as clean-fid does")
     parser.add_argument(
+        "--swd", action="store_true",
+        help="the sliced Wasserstein distance instead, which needs no weights: prints "
+        "the size in px and the distance x 1,000 of each level, and the mean last",
+    )
+    parser.add_argument(
         "--weights", type=user_path, metavar="FILE",
         help="Inception weights (default: the published ones, downloaded once)",
     )
@@ -555,8 +679,11 @@ def check_args(args):
     for path in args.sets:
         if not path.exists():
             fail(f"{path} does not exist; name a folder, .zip, .npy or .npz")
-        if is_statistics(path) and args.save_stats:
-            fail(f"{path} holds statistics; --save-stats needs images")
+        if is_statistics(path) and (args.swd or args.save_stats):
+            fail(f"{path} holds statistics; --swd and --save-stats need images")
+    if args.swd and (args.save_stats or args.clean or args.weights):
+        fail("--swd uses no network; leave out --save-stats, --clean and --weights")
+
     if args.save_stats:
         if not is_statistics(args.save_stats):
             fail(f"--save-stats {args.save_stats} must end in .npz")
@@ -571,6 +698,14 @@ def check_args(args):
         torch.zeros(1, device=args.device)
     except Exception as error:  # torch raises a different error for each kind of device
         fail(f"--device {args.device} is not available ({one_line(error)}); try --device cpu")
+
+
+def print_swd(sets):
+    """Print one line for each level, its size and its distance, and the mean."""
+    distances = compare_by_level(*[open_images(path) for path in sets])
+    for size, distance in distances.items():
+        print(f"{size} {distance:.3f}")
+    print(f"mean {np.mean(list(distances.values())):.3f}")
 
 
 def write_stats(args):
@@ -603,7 +738,9 @@ def main():
     args = parse_args()
     check_args(args)
     try:
-        if args.save_stats:
+        if args.swd:
+            print_swd(args.sets)
+        elif args.save_stats:
             write_stats(args)
         else:
             print_fid(args)

@@ -1736,6 +1736,9 @@ def test_set_with_one_readable_image_is_refused(bad_sets, cli, inception_file):
     (["set", "--save-stats", ""], "empty"),
     (["set", "set", "--weights", "missing.pth"], "missing.pth"),
     (["a.npz", "b.npz", "--device", "cuda:99"], "--device"),
+    (["a.npz", "set", "--swd"], "a.npz holds statistics"),
+    (["set", "set", "--swd", "--clean"], "leave out"),
+    (["set", "--swd", "--save-stats", "new.npz"], "leave out"),
 ])
 def test_flags_that_cannot_work_are_refused(flags, words, bad_sets, cli):
     refused(cli("fid", *flags), words)
@@ -1763,6 +1766,136 @@ def test_fid_in_training(inception_file, cli, tmp_path):
     assert_same(on, off)
     best = min(log, key=lambda row: row["fid"])["iter"]
     assert weights(tmp_path / "on" / "best.pt")["iter"] == best
+
+
+# ---------------------------------------------------------------- sliced Wasserstein distance
+
+
+def noise_set(path, count=256, size=16, seed=0):
+    """An .npy of images of white noise, mean 128, deviation 40, at `path` -> the images."""
+    values = np.random.default_rng(seed).normal(128, 40, (count, size, size, 3))
+    images = values.round().clip(0, 255).astype(np.uint8)
+    np.save(path, images)
+    return images
+
+
+def swd_of(result):
+    """Standard output of --swd -> {level: distance}, in the order of the lines."""
+    code, out, err = result
+    assert code == 0, err
+    return {name: float(value) for name, value in map(str.split, out.splitlines())}
+
+
+def test_sliced_wasserstein_of_shifted_and_scaled_noise():
+    """A shift t in D dimensions is |t| Gamma(D/2) / (sqrt(pi) Gamma((D+1)/2)) on a random line."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(20_000, 12)).astype(np.float32)
+    shift = rng.normal(size=12).astype(np.float32)
+    on_a_line = np.linalg.norm(shift) * math.gamma(6) / (math.sqrt(math.pi) * math.gamma(6.5))
+    distance = fid.sliced_wasserstein(points, points + shift, directions=4000)
+    assert distance == pytest.approx(on_a_line, rel=0.03)
+    # Normal noise three times as wide: (3 - 1) E|z|.
+    distance = fid.sliced_wasserstein(points, 3 * points)
+    assert distance == pytest.approx(2 * math.sqrt(2 / math.pi), rel=0.02)
+    with pytest.raises(ValueError, match="shapes"):
+        fid.sliced_wasserstein(points, points[:-1])
+
+
+def test_swd_of_noise_against_blank_images_in_closed_form(cli, tmp_path):
+    """At 16 px there is one level, the images. In noise, a normalised patch of 147 values is
+    standard normal on every line; in blank images, each of one random colour, it has the variance
+    sum S_c^2, where S_c is the sum of the line's direction over the 49 values of channel c."""
+    noise = noise_set(tmp_path / "noise.npy", 2048)
+    blank = np.broadcast_to(noise[:, :1, :1], noise.shape)
+    np.save(tmp_path / "blank.npy", blank[::-1])
+    directions = np.random.default_rng(9).normal(size=(100_000, 3, 49))
+    directions /= np.linalg.norm(directions, axis=(1, 2), keepdims=True)
+    deviation = np.sqrt((directions.sum(2) ** 2).sum(1))
+    expected = 1000 * math.sqrt(2 / math.pi) * np.abs(1 - deviation).mean()
+
+    found = swd_of(cli("fid", tmp_path / "noise.npy", tmp_path / "blank.npy", "--swd"))
+    assert list(found) == ["16", "mean"] and found["16"] == found["mean"]
+    assert found["mean"] == pytest.approx(expected, rel=0.05)
+
+
+def test_swd_of_a_set_and_itself_is_zero_in_any_order(cli, tmp_path):
+    images = noise_set(tmp_path / "a.npy", size=32)
+    order = np.random.default_rng(0).permutation(len(images))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for i, image in enumerate(images[order]):
+            Image.fromarray(image).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"{i:03}.png")
+    found = swd_of(cli("fid", tmp_path / "a.npy", tmp_path / "b.zip", "--swd"))
+    assert found == {"32": 0, "16": 0, "mean": 0}
+
+
+def test_swd_depends_on_the_seed_alone(tmp_path):
+    noise_set(tmp_path / "a.npy", seed=1)
+    noise_set(tmp_path / "b.npy", seed=2)
+    a = fid.open_images(tmp_path / "a.npy")
+    b = fid.open_images(tmp_path / "b.npy")
+    assert fid.compare_by_level(a, b) == fid.compare_by_level(a, b, seed=0)
+    assert fid.compare_by_level(a, b) != fid.compare_by_level(a, b, seed=1)
+
+
+def test_swd_leaves_out_brightness_and_contrast_but_sees_blur(cli, tmp_path):
+    images = noise_set(tmp_path / "a.npy", size=64)
+    np.save(tmp_path / "faint.npy", (images * 0.5 + 20).round().astype(np.uint8))
+    blurred = fid.blur(torch.from_numpy(images).permute(0, 3, 1, 2).float()).permute(0, 2, 3, 1)
+    np.save(tmp_path / "blurred.npy", blurred.round().byte().numpy())
+    faint = swd_of(cli("fid", tmp_path / "a.npy", tmp_path / "faint.npy", "--swd"))
+    assert list(faint) == ["64", "32", "16", "mean"] and max(faint.values()) < 25
+    found = swd_of(cli("fid", tmp_path / "a.npy", tmp_path / "blurred.npy", "--swd"))
+    assert found["64"] > 50
+    assert found["mean"] == pytest.approx((found["64"] + found["32"] + found["16"]) / 3, abs=2e-3)
+
+
+def test_pyramid_adds_up_to_the_image():
+    images = torch.rand(2, 3, 64, 64)
+    large, middle, small = fid.laplacian_pyramid(images)
+    assert [level.shape[-1] for level in (large, middle, small)] == [64, 32, 16]
+    for level in (middle, large):
+        enlarged = torch.zeros_like(level)
+        enlarged[:, :, ::2, ::2] = small
+        small = level + 4 * fid.blur(enlarged)
+    torch.testing.assert_close(small, images)
+    smooth = torch.full((1, 3, 32, 32), 77.0)  # mirrored edges: nothing is lost at the border
+    torch.testing.assert_close(fid.laplacian_pyramid(smooth)[0], torch.zeros(1, 3, 32, 32))
+
+
+def test_swd_takes_images_from_all_over_a_set(monkeypatch, tmp_path, cli):
+    """Of sorted and of mixed images alike; the first 4,096 would be another set."""
+    monkeypatch.setattr(fid, "SWD_IMAGES", 256)
+    images = noise_set(tmp_path / "noise.npy", 1024)
+    images[512:] = images[512:, :1, :1]  # half of them blank
+    np.save(tmp_path / "sorted.npy", images)
+    np.save(tmp_path / "mixed.npy", images[np.random.default_rng(0).permutation(1024)])
+    sets = [fid.open_images(tmp_path / f"{name}.npy") for name in ("sorted", "mixed")]
+    assert fid.compare_by_level(*sets)[16] < 80
+
+
+def test_swd_of_sets_of_different_length_with_broken_images(cli, tmp_path):
+    noise_set(tmp_path / "a.npy", 300, seed=1)
+    save_noise(tmp_path / "b", 200, (16, 16))
+    for i in range(50):
+        (tmp_path / "b" / f"{i:04}.png").write_bytes(b"broken")
+    code, _, err = cli("fid", tmp_path / "a.npy", tmp_path / "b", "--swd")
+    assert code == 0 and "50 skipped" in err and "150 images of each set" in err
+
+
+def test_sets_that_swd_cannot_compare_are_refused(cli, tmp_path):
+    noise_set(tmp_path / "a.npy", 128)
+    noise_set(tmp_path / "large.npy", 128, size=32)
+    noise_set(tmp_path / "few.npy", 127)
+    noise_set(tmp_path / "odd.npy", 128, size=24)
+    noise_set(tmp_path / "tiny.npy", 128, size=8)
+    np.save(tmp_path / "wide.npy", np.zeros((128, 16, 32, 3), np.uint8))
+    save_noise(tmp_path / "mixed", 127, (16, 16))
+    make_image(0, (32, 32)).save(tmp_path / "mixed" / "other.png")
+    cases = [("large.npy", "32 px"), ("few.npy", "128"), ("odd.npy", "24 x 24"),
+             ("tiny.npy", "8 x 8"), ("wide.npy", "32 x 16"), ("mixed", "other.png")]
+    for name, words in cases:
+        refused(cli("fid", tmp_path / "a.npy", tmp_path / name, "--swd"), words)
 
 
 # ---------------------------------------------------------------- README
