@@ -1,443 +1,835 @@
-"""GAN-QP in one file: a quadratic potential, no Lipschitz constraint and no vanishing gradient.
+"""GAN-QP in one file: a quadratic potential, no Lipschitz constraint, no vanishing gradient.
 
-    discriminator   max over T of  E[ delta - delta^2 / (2 lambda d(x_r, x_f)) ],  delta = T(x_r) - T(x_f)
-    generator       min over G of  E[ delta ]
+    discriminator   max over T of   E[ delta - delta^2 / (2 lambda d) ]
+    generator       min over G of   E[ delta ]
 
-d is the distance of a real image to the generated one that it is paired with; lambda = 10.
+Here delta = T(x_r) - T(x_f) is the difference of the scores of a real and a generated image,
+d is the mean absolute difference of the two images, and lambda = 10.
 
-    python gan_qp.py --img-size 128 --data photos/            a folder or .zip; without --data, drawn faces
-    python gan_qp.py --img-size 128 --data photos/ --resume   after Ctrl-C, a crash or a power cut
+    python gan_qp.py --img-size 128 --data photos/            train on a folder or a .zip
+    python gan_qp.py --img-size 128 --data photos/ --resume   continue after Ctrl-C or a crash
     python gan_qp.py --sample runs/gan_qp-128/last.pt --out grid.png
     torchrun --nproc-per-node 8 gan_qp.py --img-size 512 --data photos/
+
+Without --data it trains on cartoon faces, which the program draws itself.
 
 Jianlin Su, "GAN-QP: A Novel GAN Framework without Gradient Vanishing and Lipschitz Constraint",
 arXiv 1811.07296.
 """
-import argparse, copy, json, math, os, platform, signal, sys, time
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.nn  # now: imported after a process group is made, it would keep that alive
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from data import CACHE_DIR, Batches, load_images, pick, replacing, save_gif, save_grid
-from fid import array_stats, drawn_stats, frechet_distance, load_inception
+import data
+import fid
 
 SCRIPT = Path(__file__).stem
-SIZES = [16, 32, 64, 128, 256, 512, 1024]
-RANK = int(os.environ.get("RANK", 0))  # which process this is, and of how many: torchrun sets both
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-RUN_FILES = ["last.pt", "best.pt", "log.jsonl", "args.json", "real.png", "samples", "progress.gif"]
-# flags that may change when a run is resumed; the others make it what it is
-MAY_CHANGE = ["cache_dir", "iters", "device", "precision", "out", "resume", "log_every", "sample_every",
-              "save_every", "fid_every", "fid_samples", "fid_weights", "sample", "num_samples", "interpolate"]
+IMG_SIZES = [16, 32, 64, 128, 256, 512, 1024]
+MIN_DISTANCE = 1e-4  # a hundredth of a grey level: two equal images must not divide by zero
+NORM_SAMPLES = 2048  # generated images from which the average's batch norm takes its statistics
 
-# ---------------------------------------------------------------- command line
-def stop(message):
-    """End with one line and exit code 2; of several processes only the first speaks."""
-    if RANK == 0:
-        print(f"{SCRIPT}.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
-def number(kind, low, high):
-    """A type for argparse: an int or a float within bounds, both included."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+# ------------------------------------------------------------------------------- networks
 
-def parse_args():
-    here = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    count = number(int, 1, 1_000_000_000)
-    wide = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide, allow_abbrev=False)
-    parser.error = stop
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", default="synthetic", help="folder, .zip, torchvision:NAME or synthetic[:N] (drawn faces)")
-    flag("--img-size", type=int, default=128, choices=SIZES, help="side of the images in pixels (128)")
-    flag("--flip", action="store_true", help="random horizontal flips")
-    flag("--cache-dir", default=CACHE_DIR, help=f"for prepared data and statistics ({CACHE_DIR})")
-    flag = parser.add_argument_group("divergence").add_argument
-    flag("--metric", choices=["l1", "l2"], default="l1", help="distance of two images (l1)")
-    flag("--lam", type=number(float, 1e-3, 1e6), default=10.0, help="lambda, scale of the divergence (10)")
-    flag("--power", type=int, choices=[2, 4, 6], default=2, help="of delta in the potential (2)")
-    flag("--pairwise", action="store_true", help="a discriminator of two images")
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--iters", type=count, default=100000, help="generator updates (100000)")
-    flag("--d-steps", type=count, default=2, help="discriminator updates for each of them (2)")
-    flag("--batch-size", type=number(int, 2, 1_000_000), help="over all processes (64; 32 from 512 px on)")
-    flag("--lr", type=number(float, 1e-9, 1), default=2e-4, help="Adam's learning rate (2e-4)")
-    flag("--betas", type=number(float, 0, 0.99999), nargs=2, default=[0.5, 0.999], help="Adam's (0.5 0.999)")
-    flag("--z-dim", type=number(int, 2, 100_000), default=128, help="dimensions of the noise (128)")
-    flag("--max-channels", type=number(int, 2, 100_000), default=2048, help="of the widest layer (2048)")
-    flag("--ema", type=number(float, 0, 0.999999), default=0.0, help="decay of G's average (0: off)")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (0)")
-    flag = parser.add_argument_group("the run").add_argument
-    flag("--device", default=here, help=f"cuda, mps or cpu ({here})")
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-         help="bf16: autocast, and TF32 for the rest, but losses in fp32; auto: bf16 if the hardware has it")
-    flag("--out", help=f"the run's folder (runs/{SCRIPT}-<size>); with --sample a .png (a grid) or a folder")
-    flag("--resume", action="store_true", help="go on from last.pt in --out")
-    flag("--log-every", type=count, default=50, help="iterations (50)")
-    flag("--sample-every", type=count, default=500, help="iterations (500)")
-    flag("--save-every", type=count, default=1000, help="iterations (1000)")
-    flag("--fid-every", type=number(int, 0, 1_000_000_000), default=0, help="iterations (0: never)")
-    flag("--fid-samples", type=number(int, 2, 10_000_000), default=10000, help="images drawn for FID (10000)")
-    flag("--fid-weights", help="file of Inception weights (the published ones, downloaded once)")
-    flag = parser.add_argument_group("sampling").add_argument
-    flag("--sample", metavar="CKPT", help="no training: images from this checkpoint, with --seed, into --out")
-    flag("--num-samples", type=count, default=64, help="how many (64)")
-    flag("--interpolate", action="store_true", help="rows of 8 on the sphere, from one noise to another")
-    args = parser.parse_args()
-    args.batch_size = args.batch_size or (64 if args.img_size < 512 else 32)
-    if not args.out:
-        args.out = f"{args.sample}-seed{args.seed}.png" if args.sample else f"runs/{SCRIPT}-{args.img_size}"
-    check_device(args.device)
-    return args
 
-def check_device(device):
-    """Refuse a device that is not there; of several GPUs, take the one that is this process's own."""
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and 0 < gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        stop(f"there are fewer GPUs, {gpus}, than processes; give torchrun a lower --nproc-per-node")
-    try:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
-    except Exception as error:
-        stop(f"--device {device} is not available ({str(error).splitlines()[0]}); try --device cpu")
-
-# ---------------------------------------------------------------- networks
 def layer_widths(img_size, max_channels=None):
-    """Channels of the log2(size) - 2 hidden layers, narrow to wide: the widest has 8 * size, 2048 at most."""
-    n = int(math.log2(img_size)) - 3
-    widest = min(8 * img_size, max_channels or 2048)
-    if img_size not in SIZES or widest < 2**n:
-        raise ValueError(f"--img-size must be one of {SIZES}, with --max-channels {2**max(n, 1)} or more")
-    return [widest >> i for i in range(n, -1, -1)]
+    """Channels of the hidden layers, from narrow to wide: [64, 128, 256, 512, 1024] at 128 px.
 
-def glorot(module):
-    """Glorot uniform weights and zero biases: Keras' defaults, which the paper trained with."""
+    There are log2(img_size) - 2 of them, each twice as wide as the one before. The widest has
+    8 * img_size channels, but at most `max_channels` (2048 by default).
+    Raises ValueError for a size that is not one of IMG_SIZES, and for too few channels.
+    """
+    if img_size not in IMG_SIZES:
+        raise ValueError(f"img_size must be one of {IMG_SIZES}, not {img_size}")
+    halvings = int(math.log2(img_size)) - 3
+    widest = min(8 * img_size, max_channels or 2048)
+    if widest < 2**halvings:
+        raise ValueError(f"max_channels must be at least {2**halvings} at {img_size} px")
+    return [widest // 2**i for i in range(halvings, -1, -1)]
+
+
+def glorot_init(module):
+    """Glorot uniform weights and zero biases: the defaults of Keras, used in the paper."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
+
 class Generator(nn.Module):
-    """Standard normal noise (B, z_dim) -> images (B, 3, img_size, img_size) in [-1, 1], float32."""
+    """Standard normal noise (B, z_dim) -> images (B, 3, img_size, img_size) in [-1, 1]."""
+
     def __init__(self, img_size, z_dim=128, max_channels=None):
         super().__init__()
         widths = layer_widths(img_size, max_channels)[::-1]
         self.linear = nn.Linear(z_dim, 16 * widths[0])
         self.norm = nn.BatchNorm1d(16 * widths[0], eps=1e-3, momentum=0.01)
+
         layers = []
-        for wide, narrow in zip(widths, widths[1:]):
-            layers.append(nn.ConvTranspose2d(wide, narrow, 5, stride=2, padding=2, output_padding=1))
-            layers += [nn.BatchNorm2d(narrow, eps=1e-3, momentum=0.01), nn.ReLU(inplace=True)]
+        for wide, narrow in itertools.pairwise(widths):
+            layers.append(
+                nn.ConvTranspose2d(wide, narrow, 5, stride=2, padding=2, output_padding=1)
+            )
+            layers.append(nn.BatchNorm2d(narrow, eps=1e-3, momentum=0.01))
+            layers.append(nn.ReLU(inplace=True))
         layers.append(nn.ConvTranspose2d(widths[-1], 3, 5, stride=2, padding=2, output_padding=1))
         self.layers = nn.Sequential(*layers)
-        self.apply(glorot)
+        self.apply(glorot_init)
 
     def forward(self, z):
         x = F.relu(self.norm(self.linear(z)))
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # channels last without a copy
+        if x.device.type == "mps":
+            x = x.contiguous()  # see memory_format
         return torch.tanh(self.layers(x).to(z.dtype))
 
+
 class Discriminator(nn.Module):
-    """Images (B, 3, img_size, img_size) in [-1, 1], pairwise two as (B, 6, ...) -> raw scores (B,)."""
+    """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,).
+
+    With pairwise=True it takes two images, stacked to (B, 6, img_size, img_size).
+    """
+
     def __init__(self, img_size, max_channels=None, pairwise=False):
         super().__init__()
         widths = layer_widths(img_size, max_channels)
-        layers = []
-        for before, width in zip([6 if pairwise else 3, *widths], widths):
-            layers.append(nn.Conv2d(before, width, 5, stride=2, padding=2, bias=False))
-            if len(layers) > 1:  # on all but the first
-                layers.append(nn.BatchNorm2d(width, eps=1e-3, momentum=0.01))
+        channels = 6 if pairwise else 3
+
+        layers = [
+            nn.Conv2d(channels, widths[0], 5, stride=2, padding=2, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        for narrow, wide in itertools.pairwise(widths):
+            layers.append(nn.Conv2d(narrow, wide, 5, stride=2, padding=2, bias=False))
+            layers.append(nn.BatchNorm2d(wide, eps=1e-3, momentum=0.01))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(16 * widths[-1], 1, bias=False)
-        self.apply(glorot)
+        self.apply(glorot_init)
 
     def forward(self, x):
         features = self.layers(x).permute(0, 2, 3, 1).flatten(1)
-        with torch.autocast(x.device.type, enabled=False):  # a difference of scores needs all their digits
+        with torch.autocast(x.device.type, enabled=False):  # scores are subtracted: full precision
             return self.linear(features.to(x.dtype)).squeeze(1)
 
-# ---------------------------------------------------------------- the divergence
+
+# -------------------------------------------------------------------------- the divergence
+
+
+def check_same_shape(what, a, b):
+    """Raise ValueError unless both have one shape: broadcasting would pair the wrong ones."""
+    if a.shape != b.shape:
+        raise ValueError(f"{what} must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+
+
 def pair_distance(x_real, x_fake, metric="l1"):
-    """Distance of each pair: mean absolute difference, or "l2" root mean square. Twice (B, ...) -> (B,)"""
+    """Distance of the two images of each pair: (B, ...), (B, ...) -> (B,).
+
+    metric: "l1", the mean absolute difference, or "l2", the root of the mean square.
+    Raises ValueError for shapes that differ and for another metric.
+    """
+    check_same_shape("real and generated images", x_real, x_fake)
     difference = (x_real - x_fake).flatten(1)
-    return difference.abs().mean(1) if metric == "l1" else difference.square().mean(1).sqrt()
+    if metric == "l1":
+        return difference.abs().mean(1)
+    if metric == "l2":
+        return difference.square().mean(1).sqrt()
+    raise ValueError(f"metric must be l1 or l2, not {metric}")
+
+
+def lipschitz_ratio(delta, distance):
+    """Mean of |delta| / d, logged as `lipschitz`: (B,), (B,) -> scalar."""
+    check_same_shape("delta and distance", delta, distance)
+    return (delta.abs() / distance.clamp_min(MIN_DISTANCE)).mean()
+
 
 def qp_divergence(delta, distance, lam=10.0, power=2):
-    """delta - delta^k / (k (lam d)^(k-1)), whose mean the discriminator maximises: (B,), (B,) -> (B,).
+    """The integrand whose mean the discriminator maximises: (B,), (B,) -> (B,).
 
-    delta: T(x_r) - T(x_f); distance: of each pair; power k: 2 (the paper's), 4 or 6. The supremum is
-    lam d (1 - 1/k), at delta = lam d. It must not reach the generator, which minimises delta alone.
+    delta - delta^k / (k (lam d)^(k - 1)), where delta = T(x_r) - T(x_f), d is the distance of the
+    pair, and the power k is 2 (the paper's), 4 or 6. Its maximum is lam d (1 - 1/k), which it
+    reaches at delta = lam d. Only the discriminator may use it: the generator minimises the mean
+    of delta, since the second term would pull generated images towards real ones pixel by pixel.
+    Raises ValueError for shapes that differ.
     """
-    distance = distance.clamp_min(1e-4)  # a hundredth of a grey level: equal images must not divide by zero
-    return delta - delta ** power / (power * (lam * distance) ** (power - 1))
+    check_same_shape("delta and distance", delta, distance)
+    scale = lam * distance.clamp_min(MIN_DISTANCE)
+    return delta - delta**power / (power * scale ** (power - 1))
+
 
 def score_difference(D, x_real, x_fake, pairwise):
-    """delta of each pair: T(x_r) - T(x_f), or of a T of two images T(x_r, x_f) - T(x_f, x_r). -> (B,)"""
+    """delta of each pair, (B,): T(x_r) - T(x_f); with pairwise, T(x_r, x_f) - T(x_f, x_r)."""
     if pairwise:
         return D(torch.cat([x_real, x_fake], 1)) - D(torch.cat([x_fake, x_real], 1))
     return D(x_real) - D(x_fake)
 
+
 def discriminator_loss(D, x_real, x_fake, args):
-    """-> (loss to minimise, estimate of the divergence, mean |delta| / d)"""
+    """-> loss to minimise, estimate of the divergence, mean of |delta| / d: three scalars."""
     delta = score_difference(D, x_real, x_fake, args.pairwise)
     distance = pair_distance(x_real, x_fake, args.metric)
     divergence = qp_divergence(delta, distance, args.lam, args.power).mean()
-    return -divergence, divergence, (delta.abs() / distance.clamp_min(1e-4)).mean()
+    return -divergence, divergence, lipschitz_ratio(delta, distance)
+
 
 def generator_loss(D, x_real, x_fake, args):
-    """-> loss to minimise: the mean of delta, or what of it depends on the generator"""
-    return score_difference(D, x_real, x_fake, True).mean() if args.pairwise else -D(x_fake).mean()
+    """-> loss to minimise: the mean of delta, or the part of it that depends on the generator."""
+    if args.pairwise:
+        return score_difference(D, x_real, x_fake, pairwise=True).mean()
+    return -D(x_fake).mean()
 
-# ---------------------------------------------------------------- helpers
-def update(optimizer, loss):
-    """One step down the gradient of `loss`, averaged over the processes."""
+
+# -------------------------------------------------------------------------------- training
+
+
+def train_iteration(it, state, batches, rng, args, amp):
+    """Iteration `it` (from 1): args.d_steps discriminator updates, then one generator update.
+
+    state: networks and optimizers, as `build` makes them; batches: a data.Batches; rng: a
+    torch.Generator on the device; amp: the autocast context for networks and losses.
+    Returns the last losses by name, as scalar tensors. Waits for nothing, so that a GPU never
+    idles. All randomness follows from the seed and `it`, so there is no random state to save.
+    """
+    G = state["G"]
+    D = state["D"]
+    first_batch = (it - 1) * (args.d_steps + 1)
+    rng.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
+
+    # discriminator: tell real from generated images
+    for step in range(args.d_steps):
+        x_real = batches[first_batch + step]
+        with amp:
+            with torch.no_grad():
+                x_fake = G(draw_noise(rng, args))
+            d_loss, divergence, lipschitz = discriminator_loss(D, x_real, x_fake, args)
+        update(state["opt_D"], d_loss, args.world)
+
+    # generator: make images that score like real ones
+    D.requires_grad_(False)  # its gradients would be computed for nothing
+    x_real = batches[first_batch + args.d_steps]
+    with amp:
+        g_loss = generator_loss(D, x_real, G(draw_noise(rng, args)), args)
+    update(state["opt_G"], g_loss, args.world)
+    D.requires_grad_(True)
+
+    if args.ema:
+        update_average(state["G_ema"], state["G"], args.ema, it)
+    losses = {"d_loss": d_loss, "g_loss": g_loss, "divergence": divergence, "lipschitz": lipschitz}
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def draw_noise(rng, args):
+    """This process's part of a batch of standard normal noise: (batch_size / world, z_dim)."""
+    z = torch.randn(args.batch_size, args.z_dim, generator=rng, device=rng.device)
+    return z.chunk(args.world)[args.rank]
+
+
+def update(optimizer, loss, world=1):
+    """One step of `optimizer` down the gradient of `loss`, averaged over all processes."""
     optimizer.zero_grad()
     loss.backward()
-    if WORLD > 1:  # not DistributedDataParallel: it does not see the gradient within a gradient penalty
-        for p in optimizer.param_groups[0]["params"]:
-            dist.all_reduce(p.grad.div_(WORLD))
+    if world > 1:
+        # not DistributedDataParallel, which does not see the gradient within a gradient penalty
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad /= world
+            torch.distributed.all_reduce(parameter.grad)
     optimizer.step()
 
-def set_precision(precision, device):
-    """-> "bf16" or "fp32"; with bf16, what autocast leaves may be TF32, else fp32 means fp32."""
-    if precision == "auto" and device.type == "cuda":
+
+@torch.no_grad()
+def update_average(G_ema, G, decay, it):
+    """Make G_ema the exponential moving average of G's weights after iterations 1 to `it`.
+
+    As in Adam, the average is corrected for its start: the initial weights have no share in it.
+    """
+    share = (1 - decay) / (1 - decay**it)
+    for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
+        average.lerp_(weight, share)
+
+
+def build(args, device):
+    """-> the state of a new run: both networks, their optimizers, and the averaged generator.
+
+    Without --ema, G_ema is G itself. Raises ValueError for sizes that the networks cannot have.
+    """
+    torch.manual_seed(args.seed)
+    G = Generator(args.img_size, args.z_dim, args.max_channels)
+    D = Discriminator(args.img_size, args.max_channels, args.pairwise)
+    G_ema = copy.deepcopy(G) if args.ema else G
+    if args.world > 1 and device.type == "cuda":
+        G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
+        D = nn.SyncBatchNorm.convert_sync_batchnorm(D)
+    for network in (G, D, G_ema):
+        network.to(device, memory_format=memory_format(device))
+
+    adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": device.type != "mps"}
+    opt_G = torch.optim.Adam(G.parameters(), **adam)
+    opt_D = torch.optim.Adam(D.parameters(), **adam)
+    return {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
+
+
+def set_up(args, device):
+    """-> what the loop in `train` needs: state, batches, the iteration to start after, and a Run.
+
+    Only the first process has a Run. Ends with one line where the flags and the images, or the
+    run that --resume continues, do not go together.
+    """
+    check_folder(args)
+    try:
+        state = build(args, device)
+        start, log, old_images = restore(args, state)
+        images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=args.rank > 0)
+        if old_images not in (None, data.fingerprint(images)):
+            fail(f"{args.data} does not hold the images of the run in {args.out}")
+        batches = data.Batches(
+            images, args.batch_size, device, args.seed, args.flip, args.rank, args.world
+        )
+        run = Run(args, state, images, start, log) if args.rank == 0 else None
+    except ValueError as error:
+        fail(error)
+    return state, batches, start, run
+
+
+def train(args):
+    """Train until args.iters, or until the run is asked to stop. Its results are in args.out."""
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # images of one size: try which algorithm is fastest
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    join_processes(args.world, device)
+    state, batches, start, run = set_up(args, device)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    rng = torch.Generator(device)
+    stop = StopRequest()
+    if run:
+        run.write_head()
+
+    it = start
+    for it in range(start + 1, args.iters + 1):
+        losses = train_iteration(it, state, batches, rng, args, amp)
+
+        first = it == start + 1
+        last = it == args.iters
+        stop_now = stop.agreed(args.world)
+        fid_now = args.fid_every > 0 and (last or it % args.fid_every == 0)
+        sample_now = last or it % args.sample_every == 0
+        save_now = first or last or stop_now or it % args.save_every == 0
+        log_now = first or last or stop_now or fid_now or it % args.log_every == 0
+
+        # nothing above waits for the device, everything below does
+        if log_now or save_now or sample_now:
+            losses = read_losses(losses, it, state, args)
+        if run and log_now:
+            run.log_row(it, losses, fid_now)
+        if run and save_now:
+            run.save(it, "last.pt")
+        if run and sample_now:
+            run.save_samples(it)
+        if stop_now:
+            break
+
+    if run:
+        run.finish(it)
+    if args.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def read_losses(losses, it, state, args):
+    """Scalar tensors -> floats, averaged over the processes. Ends the run if one is not finite."""
+    values = torch.stack(list(losses.values()))
+    if args.world > 1:
+        torch.distributed.all_reduce(values)
+        values /= args.world
+    if not all(tensor.isfinite().all() for tensor in (values, *state["G"].parameters())):
+        hint = f"try a lower --lr (last.pt in {args.out} is from before)"
+        fail(f"iteration {it}: the loss or the generator is not finite; {hint}")
+    return dict(zip(losses, values.tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------- the run's folder
+
+
+class Run:
+    """What a run writes into its folder: log, sample grids, FID and checkpoints.
+
+    It only watches: nothing here changes the training. Only the first process has one.
+    """
+
+    def __init__(self, args, state, images, start, log):
+        """Raises ValueError if FID is on and the Inception weights cannot be had."""
+        self.args = args
+        self.state = state
+        self.images = images
+        self.log = log
+        self.out = Path(args.out)
+        self.columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
+        self.averaged_at = None  # the iteration for which G_ema's batch norm is up to date
+
+        # the same noise for all sample grids and for FID
+        rng = torch.Generator().manual_seed(args.seed)
+        z = torch.randn(max(NORM_SAMPLES, args.fid_samples), args.z_dim, generator=rng)
+        self.fixed_z = z.to(args.device)
+        if args.fid_every:
+            self.inception = fid.load_inception(args.fid_weights, args.device)
+            self.real_stats = fid.array_stats(images, self.inception)
+
+        self.logged_it = start
+        self.logged_sec = log[-1]["sec"] if log else 0.0
+        self.began = time.perf_counter() - self.logged_sec
+
+    def write_head(self):
+        """Write what is known before the first iteration, and say what is going to be trained."""
+        device = platform.machine()
+        if self.fixed_z.is_cuda:
+            device = torch.cuda.get_device_name(self.fixed_z.device)
+        head = {
+            **vars(self.args),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+            "device_name": device,
+        }
+        with data.atomic_write(self.out / "args.json") as file:
+            file.write(json.dumps(head, indent=1).encode())
+        with data.atomic_write(self.out / "log.jsonl") as file:  # rows after the checkpoint go
+            file.writelines(json.dumps(row).encode() + b"\n" for row in self.log)
+        (self.out / "samples").mkdir(exist_ok=True)
+        real = data.evenly_spaced(self.images, self.columns**2)
+        data.save_grid(real, self.out / "real.png", self.columns)
+
+        size_G = sum(p.numel() for p in self.state["G"].parameters())
+        size_D = sum(p.numel() for p in self.state["D"].parameters())
+        self.say(
+            f"{SCRIPT}: {len(self.images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
+            f"{self.args.precision} on {self.args.device} ({device})"
+        )
+
+    def say(self, line):
+        """Print a line. If that fails, act as if somebody had stopped the run: save and end."""
+        try:
+            print(line, flush=True)
+        except OSError:  # the terminal or the pipe is closed, or a disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGTERM)
+
+    def log_row(self, it, losses, fid_now):
+        """Add a row to the log and print it; with fid_now, measure FID and keep the best state."""
+        sec = time.perf_counter() - self.began
+        sec_per_it = (sec - self.logged_sec) / (it - self.logged_it)
+        self.logged_it = it
+        self.logged_sec = sec
+        row = {"iter": it, **losses, "sec": round(sec, 3)}
+        row["img_per_sec"] = round(self.args.d_steps * self.args.batch_size / sec_per_it, 1)
+
+        best = min((old["fid"] for old in self.log if "fid" in old), default=math.inf)
+        if fid_now:
+            row["fid"] = self.measure_fid(it)
+        self.log.append(row)
+        if fid_now and row["fid"] < best:
+            self.save(it, "best.pt")
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
+        left = timedelta(seconds=round((self.args.iters - it) * sec_per_it))
+        self.say(f"{numbers}  left {left}")
+
+    def averaged_generator(self, it):
+        """G_ema, its batch norm brought up to date; without --ema, G itself.
+
+        The statistics of averaged weights are not the average of statistics, so they are
+        measured on generated images.
+        """
+        G_ema = self.state["G_ema"]
+        if self.args.ema and self.averaged_at != it:
+            update_bn(self.fixed_z[:NORM_SAMPLES].split(32), G_ema)
+            self.averaged_at = it
+        return G_ema
+
+    def measure_fid(self, it):
+        """FID between all training images and as many generated ones as --fid-samples says."""
+        G = self.averaged_generator(it)
+        noise = self.fixed_z[: self.args.fid_samples]
+        stats = fid.generated_stats((generate(G, z) for z in noise.split(50)), self.inception)
+        return fid.frechet_distance(*stats, *self.real_stats)
+
+    def save_samples(self, it):
+        """Write the grid of images that the generator makes of noise that never changes."""
+        images = generate(self.averaged_generator(it), self.fixed_z[: self.columns**2])
+        data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
+
+    def save(self, it, name):
+        """Write a checkpoint, from which the run can be continued and images can be made."""
+        self.averaged_generator(it)
+        checkpoint = {
+            "script": SCRIPT,
+            "iter": it,
+            "args": vars(self.args),
+            "images": data.fingerprint(self.images),
+            "log": self.log,
+        }
+        for key, part in self.state.items():
+            checkpoint[key] = part.state_dict()
+        with data.atomic_write(self.out / name) as file:
+            torch.save(checkpoint, file)
+
+    def finish(self, it):
+        """Say how the run ended; if it reached its last iteration, make the animation."""
+        if it < self.args.iters:
+            self.say(f"stopped and saved at iteration {it}; add --resume to continue")
+            return
+        data.save_animation(self.out / "samples", self.out / "progress.gif")
+        self.say(f"done: samples and progress.gif are in {self.out}, the weights in last.pt there")
+
+
+def check_folder(args):
+    """Refuse a folder in which this run would overwrite another one."""
+    out = Path(args.out)
+    if (out / "last.pt").exists():
+        if not args.resume:
+            fail(f"--out {out} holds a run: continue it with --resume, or name another")
+    elif any(out.glob("*.pt")) or any(out.glob("samples/*")):
+        fail(f"--out {out} holds a run without last.pt: name another folder")
+    elif args.resume and args.rank == 0:
+        print(f"there is no {out / 'last.pt'} yet: starting at iteration 1", flush=True)
+
+
+def restore(args, state):
+    """With --resume, load what last.pt holds into `state`.
+
+    -> (its iteration, its log, the fingerprint of its images); for a new run (0, [], None).
+    """
+    path = Path(args.out) / "last.pt"
+    if not path.exists():
+        return 0, [], None
+    with refusing_damage(path):
+        checkpoint = load_checkpoint(path)
+        for name, old in checkpoint["args"].items():
+            new = vars(args).get(name)
+            if new != old and name not in MAY_CHANGE:
+                flag = "--" + name.replace("_", "-")
+                fail(f"{flag} {new} contradicts the run in {args.out}: {flag} {old}")
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["iter"], checkpoint["log"], checkpoint["images"]
+
+
+def load_checkpoint(path):
+    """-> the dict that `Run.save` has written. No code in the file is run, wherever it is from."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["script"] != SCRIPT:
+        raise ValueError(f"it is one of {checkpoint['script']}.py")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """End with one line if anything goes wrong while the checkpoint `path` is read."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]  # torch has a line for each wrong parameter
+        kind = type(error).__name__
+        fail(f"{path} is not a whole checkpoint of {SCRIPT}.py ({kind}: {reason})")
+
+
+# -------------------------------------------------------------------- devices and processes
+
+
+def fail(message, alike=True):
+    """End with one line on standard error and exit code 2.
+
+    Where all processes fail alike the first one alone speaks, otherwise each one that fails.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    elif not alike:
+        print(f"{SCRIPT}.py, process {rank}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_processes():
+    """-> the number of this process and how many there are, as torchrun says: (0, 1) without it."""
+    rank = os.environ.get("RANK") or "0"
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if (rank, world) == ("0", "1"):
+        return 0, 1
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if not (address and rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        hint = "start several processes with torchrun, or unset both"
+        fail(f"RANK or WORLD_SIZE is set, but not as torchrun sets them: {hint}", alike=False)
+    return int(rank), int(world)
+
+
+def check_device(args):
+    """Refuse a device that is not there; of several GPUs, give each process its own."""
+    gpus = torch.cuda.device_count()
+    if args.device == "cuda" and 0 < gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"there are only {gpus} GPUs: give torchrun a lower --nproc-per-node")
+    try:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=args.device)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        fail(f"--device {args.device} is not available ({reason}); try --device cpu", alike=False)
+
+
+def choose_precision(device):
+    """-> "bf16" where the device has bf16 arithmetic, else "fp32"."""
+    bf16 = False
+    if device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "auto":
-        bf16 = torch.cpu._is_avx512_bf16_supported()
-    else:
-        bf16 = precision == "bf16"
-    torch.set_float32_matmul_precision("high" if bf16 else "highest")
-    torch.backends.cudnn.allow_tf32 = bf16
-    torch.backends.cudnn.benchmark = True
+    elif device == "cpu":
+        bf16 = torch.cpu._is_avx512_bf16_supported()  # torch 2.6 has nothing public that tells
     return "bf16" if bf16 else "fp32"
+
+
+def memory_format(device):
+    """Channels last is the fast layout, but on Apple's MPS batch norm needs contiguous tensors.
+
+    Its backward pass is wrong or fails with channels last (PyTorch issues 134580 and 175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def join_processes(world, device):
+    """Join the other processes that torchrun has started, if there are any."""
+    if world == 1:
+        return
+    # now, since Adam imports it: if that came after the group, the group could not end
+    import torch.distributed.nn
+
+    # torchrun's store still holds the addresses of the processes before a restart: a new prefix
+    waiting = timedelta(hours=1)  # while the first process measures FID
+    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=waiting))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"after {restarts} restarts", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=waiting
+    )
+
+
+class StopRequest:
+    """Remembers that somebody asked the run to stop: Ctrl-C, `kill`, or a closed terminal."""
+
+    def __init__(self):
+        self.asked = False
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK"):
+            number = getattr(signal, name, None)  # not every system has them all
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                signal.signal(number, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+
+    def agreed(self, world):
+        """Whether any process was asked. They must stop together, or one would wait for ever."""
+        if world == 1:
+            return self.asked
+        votes = torch.tensor(float(self.asked))  # on the CPU: nobody waits for a GPU
+        torch.distributed.all_reduce(votes)
+        return votes.item() > 0
+
+
+# -------------------------------------------------------------------------------- sampling
+
 
 @torch.no_grad()
 def generate(G, z):
     """Noise (N, z_dim) -> uint8 images (N, S, S, 3), in evaluation mode and without autocast."""
     G.eval()
-    images = torch.cat([((G(part) + 1) * 127.5).round().byte() for part in z.split(32)])
+    images = [((G(part) + 1) * 127.5).round().byte() for part in z.split(32)]
     G.train()
-    return images.permute(0, 2, 3, 1)
+    return torch.cat(images).permute(0, 2, 3, 1)
 
-def load_checkpoint(path):
-    """-> what `train` saved; anything else is refused, and no code in it run."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == SCRIPT and checkpoint["shown"]:
-            return checkpoint
-        reason = f"of {checkpoint['script']}.py"
-    except Exception as error:
-        reason = type(error).__name__  # torch's own text is many lines
-    stop(f"{path} is not a whole checkpoint of {SCRIPT}.py ({reason}); name another (--out, for --resume)")
 
-def open_run(args):
-    """-> what a run that is resumed has saved; a new one starts at 0. Refuses what would mix two runs."""
-    out = Path(args.out)
-    if not args.resume:
-        if any((out / name).exists() for name in RUN_FILES):
-            stop(f"--out {out} already holds a run; go on with it by --resume, or name another folder")
-        return {"iter": 0, "log": []}
-    saved = load_checkpoint(out / "last.pt")
-    for name, old in saved["args"].items():
-        new = vars(args).get(name)
-        flag = "--" + name.replace("_", "-")
-        if new != old and name not in MAY_CHANGE:
-            stop(f"{flag} {new} contradicts the run in {out}, which has {flag} {old}")
-    return saved
-
-# ---------------------------------------------------------------- training
-def train(args):
-    """Train, or go on from last.pt, up to args.iters or a signal; all that comes of it is in args.out."""
-    device = torch.device(args.device)
-    out = Path(args.out)
-    saved = open_run(args)
-    log = saved["log"]
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    try:
-        layer_widths(args.img_size, args.max_channels)
-        images = load_images(args.data, args.img_size, args.cache_dir, quiet=RANK > 0)
-        batches = Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
-        if args.fid_every and RANK == 0:
-            inception = load_inception(args.fid_weights, device)
-            real_stats = array_stats(images, inception)
-    except ValueError as error:
-        stop(error)
-
-    precision = set_precision(args.precision, device)
-    torch.manual_seed(args.seed)
-    G = Generator(args.img_size, args.z_dim, args.max_channels)
-    D = Discriminator(args.img_size, args.max_channels, args.pairwise)
-    if WORLD > 1 and device.type == "cuda":
-        G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
-        D = nn.SyncBatchNorm.convert_sync_batchnorm(D)
-    G.to(device, memory_format=torch.channels_last)
-    D.to(device, memory_format=torch.channels_last)
-    adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": device.type != "mps"}
-    opt_G = torch.optim.Adam(G.parameters(), **adam)
-    opt_D = torch.optim.Adam(D.parameters(), **adam)
-    shown = copy.deepcopy(G) if args.ema else G  # the generator of samples and FID
-    parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, "shown": shown}
-    for name in parts.keys() & saved.keys():
-        parts[name].load_state_dict(saved[name])
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def noise():
-        return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
-
-    def due(every):
-        return every > 0 and (it % every == 0 or it == args.iters)
-
-    def save(name):
-        states = {key: part.state_dict() for key, part in parts.items()}
-        with replacing(out / name) as file:
-            torch.save({"script": SCRIPT, "iter": it, "log": log, "args": vars(args), **states}, file)
-
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    fixed = torch.Generator().manual_seed(args.seed)
-    fixed_z = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=fixed).to(device)
-    columns = min(9, 2048 // args.img_size)  # of a grid, so that it is about 2,000 px wide at most
-    stopping = []
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(True))
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    last = log[-1] if log else {"iter": 0, "sec": 0}
-    began = time.perf_counter() - last["sec"]
-    if RANK == 0:
-        size_G, size_D = (sum(p.numel() for p in net.parameters()) for net in (G, D))
-        print(f"{SCRIPT}: {len(images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
-              f"{precision} on {device} ({device_name})", flush=True)
-
-    it = start = saved["iter"]
-    for it in range(start + 1, args.iters + 1):
-        # all randomness of an iteration follows from the seed and its number: no generator states to save
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
-        first = (it - 1) * (args.d_steps + 1)  # of the batches of this iteration
-        for step in range(args.d_steps):
-            x_real = batches[first + step]
-            with amp:
-                with torch.no_grad():
-                    x_fake = G(noise())
-                d_loss, divergence, lipschitz = discriminator_loss(D, x_real, x_fake, args)
-            update(opt_D, d_loss)
-
-        D.requires_grad_(False)  # only the generator learns here
-        x_real = batches[first + args.d_steps]
-        with amp:
-            g_loss = generator_loss(D, x_real, G(noise()), args)
-        update(opt_G, g_loss)
-        D.requires_grad_(True)
-        if args.ema:
-            share = (1 - args.ema) / (1 - args.ema**it)  # as in Adam: initial weights have no part
-            with torch.no_grad():
-                torch._foreach_lerp_(list(shown.parameters()), list(G.parameters()), share)
-
-        stop_now = bool(stopping)
-        if WORLD > 1:  # all stop together; one more wait beside those of SyncBatchNorm
-            votes = torch.tensor(float(stop_now), device=device)
-            dist.all_reduce(votes)
-            stop_now = votes.item() > 0
-        sample_now = due(args.sample_every)
-        fid_now = due(args.fid_every)
-        save_now = due(args.save_every) or it == start + 1 or stop_now
-        show_now = sample_now or fid_now or save_now
-        log_now = due(args.log_every) or fid_now or stop_now
-        if not (log_now or show_now):
-            continue  # nothing above waits for the device, everything below does
-
-        losses = torch.stack([d_loss, g_loss, divergence, lipschitz])
-        if not all(tensor.isfinite().all() for tensor in (losses, *G.parameters())):
-            stop(f"iteration {it}: the loss or the generator is not finite; try a lower --lr (the last good "
-                 f"state, if any was saved, is in {out / 'last.pt'})")
-        if args.ema and show_now:  # the statistics of averaged weights are not the average of statistics
-            update_bn(fixed_z[:2048].split(32), shown)
-        if RANK == 0:
-            if it == start + 1:  # not before: a run that fails at once can be started anew
-                (out / "samples").mkdir(parents=True, exist_ok=True)
-                save_grid(pick(images, columns**2), out / "real.png", columns)
-                machine = {"python": platform.python_version(), "torch": torch.__version__,
-                           "torchvision": version("torchvision"), "device_name": device_name}
-                (out / "args.json").write_text(json.dumps({**vars(args), **machine}, indent=1))
-                (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-            if log_now:
-                d, g, div, ratio = losses.tolist()
-                row = {"iter": it, "d_loss": d, "g_loss": g, "divergence": div, "lipschitz": ratio}
-                row["sec"] = round(time.perf_counter() - began, 3)
-                pace = max(0.001, row["sec"] - last["sec"]) / (it - last["iter"])
-                row["img_per_sec"] = round(args.d_steps * args.batch_size / pace, 1)
-                last = row
-                if fid_now:
-                    drawn = (generate(shown, z) for z in fixed_z[:args.fid_samples].split(50))
-                    row["fid"] = frechet_distance(*drawn_stats(drawn, inception), *real_stats)
-                log.append(row)
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                line = "  ".join(f"{name} {value:.6g}" for name, value in row.items())
-                left = timedelta(seconds=round((args.iters - it) * pace))
-                print(line.replace("lipschitz", "|delta|/d"), f" left {left}", flush=True)
-            if sample_now:
-                save_grid(generate(shown, fixed_z[:columns**2]), out / f"samples/{it:06d}.png", columns)
-            if fid_now and row["fid"] == min(old["fid"] for old in log if "fid" in old):
-                save("best.pt")
-            if save_now:
-                save("last.pt")
-        if stop_now:
-            break
-
-    if RANK == 0 and it < args.iters:
-        print(f"stopped and saved at iteration {it}; to go on, give the same command with --resume")
-    elif RANK == 0:
-        save_gif(out / "samples", out / "progress.gif")
-        print(f"done: pictures in {out / 'samples'} and {out / 'progress.gif'}, weights in {out / 'last.pt'}")
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-# ---------------------------------------------------------------- sampling
 def sample(args):
-    """Draw from the generator in args.sample into args.out: a grid.png, or a folder of single images."""
+    """Write images of the generator in args.sample to args.out: one grid, or a folder of PNGs."""
     out = Path(args.out)
-    if out.is_file() or any(out.glob("*.png")):
-        stop(f"--out {out} is there already; name a new file or folder")
-    checkpoint = load_checkpoint(args.sample)
-    flags = checkpoint["args"]
-    G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
-    G.load_state_dict(checkpoint["shown"])
-    G.to(args.device, memory_format=torch.channels_last)
-    torch.manual_seed(args.seed)
-    z, goal = torch.randn(2, args.num_samples, flags["z_dim"])
-    if args.interpolate:  # a quarter turn from one noise to the other; each point of it is as normal as they
+    as_grid = data.is_picture_name(out)
+    if out.is_file() or any(out.glob("*.png")) or (as_grid and out.exists()):
+        fail(f"--out {out} exists: name a new file or folder")
+    with refusing_damage(args.sample):
+        checkpoint = load_checkpoint(args.sample)
+        flags = checkpoint["args"]
+        G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
+        G.load_state_dict(checkpoint["G_ema"])
+    device = torch.device(args.device)
+    G.to(device, memory_format=memory_format(device))
+    (out.parent if as_grid else out).mkdir(parents=True, exist_ok=True)
+
+    rng = torch.Generator().manual_seed(args.seed)
+    z = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
+    if args.interpolate:
+        # a quarter turn on the sphere from each noise to a goal: each point is as normal as both
+        goal = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
         angle = torch.linspace(0, math.pi / 2, 8)[:, None]
-        z = (angle.cos() * z[:, None] + angle.sin() * goal[:, None]).flatten(0, 1)[:args.num_samples]
-    if out.suffix == ".png":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(generate(G, z.to(args.device)), out, 8 if args.interpolate else math.ceil(len(z) ** 0.5))
+        z = angle.cos() * z[:, None] + angle.sin() * goal[:, None]
+        z = z.flatten(0, 1)[: args.num_samples]
+
+    if as_grid:
+        columns = 8 if args.interpolate else math.ceil(len(z) ** 0.5)
+        data.save_grid(generate(G, z.to(device)), out, columns)
     else:
-        out.mkdir(parents=True, exist_ok=True)
         for i, one in enumerate(z.split(1)):
-            save_grid(generate(G, one.to(args.device)), out / f"{i:05d}.png", 1)
+            data.save_grid(generate(G, one.to(device)), out / f"{i:05d}.png", columns=1)
     print(f"{len(z)} images in {out}")
 
-if __name__ == "__main__":
-    options = parse_args()
+
+# ------------------------------------------------------------------------- the command line
+
+# Flags that may change when a run is continued; the others make it what it is.
+MAY_CHANGE = """
+    data cache_dir iters device precision out resume log_every sample_every save_every fid_every
+    fid_samples fid_weights sample num_samples interpolate rank world
+""".split()
+
+
+def bounded(kind, low, high):
+    """A type for argparse: an int or a float from `low` to `high`."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # which argparse shows for text that is no number
+    return convert
+
+
+def path(text):
+    """A type for argparse: a path, in which ~ stands for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     try:
-        sample(options) if options.sample else train(options)
-    except (OSError, KeyboardInterrupt) as error:  # say a full disk, or Ctrl-C while images are prepared
-        stop(str(error) or "interrupted")
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = fail  # one line, without the usage
+    flag = parser.add_argument
+    count = bounded(int, 1, 10**9)
+
+    # images
+    flag("--data", default="synthetic",
+         help="folder, .zip, torchvision:NAME, synthetic or synthetic:N (%(default)s)")
+    flag("--img-size", type=int, choices=IMG_SIZES, default=128, help="in pixels (%(default)s)")
+    flag("--flip", action="store_true", help="flip each image with a probability of one half")
+    flag("--cache-dir", type=path, default=data.CACHE_DIR,
+         help="folder for prepared images and statistics (%(default)s)")
+
+    # divergence
+    flag("--metric", choices=["l1", "l2"], default="l1", help="image distance d (%(default)s)")
+    flag("--lam", type=bounded(float, 1e-3, 1e6), default=10.0, help="lambda (%(default)s)")
+    flag("--power", type=int, choices=[2, 4, 6], default=2, help="power of delta (%(default)s)")
+    flag("--pairwise", action="store_true", help="use a discriminator of two images")
+
+    # training
+    flag("--iters", type=count, default=100000, help="generator updates (%(default)s)")
+    flag("--d-steps", type=count, default=2,
+         help="discriminator updates for each generator update (%(default)s)")
+    flag("--batch-size", type=bounded(int, 2, 10**6),
+         help="images in a batch, over all processes (64; 32 at 512 px and above)")
+    flag("--lr", type=bounded(float, 1e-9, 1), default=2e-4, help="learning rate (%(default)s)")
+    flag("--betas", type=bounded(float, 0, 0.99999), nargs=2, default=[0.5, 0.999],
+         help="betas of Adam (%(default)s)")
+    flag("--z-dim", type=bounded(int, 2, 10**5), default=128, help="size of z (%(default)s)")
+    flag("--max-channels", type=bounded(int, 2, 10**5), default=2048,
+         help="channels of the widest layer, at most (%(default)s)")
+    flag("--ema", type=bounded(float, 0, 0.999999), default=0.0,
+         help="decay of an averaged generator, used for samples and FID (0: off)")
+    flag("--seed", type=bounded(int, 0, 2**31), default=0, help="random seed (%(default)s)")
+
+    # the run
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="cuda, cpu or mps (%(default)s)")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+         help="bf16: autocast, with losses in fp32; auto: bf16 where the hardware has it")
+    flag("--out", type=path, help=f"the run's folder (runs/{SCRIPT}-SIZE); "
+         "with --sample a picture such as grid.png, or a folder")
+    flag("--resume", action="store_true",
+         help="continue from last.pt in --out; if there is none yet, start")
+    flag("--log-every", type=count, default=50, help="iterations (%(default)s)")
+    flag("--sample-every", type=count, default=500, help="iterations (%(default)s)")
+    flag("--save-every", type=count, default=1000, help="iterations (%(default)s)")
+    flag("--fid-every", type=bounded(int, 0, 10**9), default=0, help="iterations (0: never)")
+    flag("--fid-samples", type=bounded(int, 2, 10**7), default=10000,
+         help="generated images for each FID (%(default)s)")
+    flag("--fid-weights", type=path,
+         help="file of Inception weights (the published ones, downloaded once)")
+
+    # sampling
+    flag("--sample", type=path, metavar="CKPT",
+         help="do not train, but write images from this checkpoint to --out")
+    flag("--num-samples", type=count, default=64, help="how many images (%(default)s)")
+    flag("--interpolate", action="store_true",
+         help="make rows of 8 images that lead from one noise to another")
+    return parser.parse_args()
+
+
+def main():
+    rank, world = read_processes()
+    args = parse_args()
+    args.rank = rank
+    args.world = world
+    if args.batch_size is None:
+        args.batch_size = 64 if args.img_size < 512 else 32
+    if args.out is None and args.sample:
+        args.out = f"{args.sample}-seed{args.seed}.png"
+    if args.out is None:
+        args.out = f"runs/{SCRIPT}-{args.img_size}"
+    check_device(args)
+    if args.precision == "auto":
+        args.precision = choose_precision(args.device)
+    if args.device == "cpu" and args.img_size >= 128 and not args.sample and rank == 0:
+        hint = "a size for a CPU is --img-size 32 --max-channels 128"
+        print(f"no GPU: each iteration will take many seconds at this size; {hint}", flush=True)
+
+    try:
+        if args.sample:
+            sample(args)
+        elif rank > 0:
+            train(args)
+        else:
+            with data.file_lock(Path(args.out) / ".lock", wait=False):
+                train(args)
+    except BlockingIOError:
+        fail(f"--out {args.out} is in use by a run: wait for its end, or name another folder")
+    except (OSError, KeyboardInterrupt) as error:  # a full disk, say, or Ctrl-C before the loop
+        fail(str(error) or "interrupted", alike=False)
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):
+        if "allocate" not in str(error):  # a word in the messages of CUDA, the CPU and NumPy
             raise
-        stop("out of memory; try a smaller --batch-size, --max-channels or --img-size, or --precision bf16")
+        hint = "try a smaller --batch-size, --max-channels or --img-size, or --precision bf16"
+        fail(f"out of memory: {hint}", alike=False)
+
+
+if __name__ == "__main__":
+    main()
