@@ -311,8 +311,7 @@ def set_up(args, device):
 def train(args):
     """Train until args.iters, or until the run is asked to stop. Its results are in args.out."""
     device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True  # images of one size: try which algorithm is fastest
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    configure_cudnn()
     join_processes(args.world, device)
     state, batches, start, run = set_up(args, device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -600,6 +599,16 @@ def choose_precision(device):
     elif device == "cpu":
         bf16 = torch.cpu._is_avx512_bf16_supported()  # torch 2.6 has nothing public that tells
     return "bf16" if bf16 else "fp32"
+
+
+def configure_cudnn():
+    """All images have one size, so cuDNN may try which algorithm is fastest. fp32 means fp32."""
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark = True
+    if hasattr(cudnn, "conv"):  # since torch 2.9, which warns about the older switch for TF32
+        cudnn.conv.fp32_precision = "ieee"
+    else:
+        cudnn.allow_tf32 = False
 
 
 def memory_format(device):
