@@ -2,7 +2,7 @@
 
     python data.py photos/ --img-size 128      prepare a folder, and see what a network will see
     images = load_images("photos.zip", 128)    read-only memory map, uint8 (N, 128, 128, 3)
-    batches = Batches(images, 64, "cuda")      batches[k] is the k-th batch, in any order you ask
+    batches = Batches(images, 64, "cuda")      batches[k] is the k-th batch, in any order
 
 Every image is decoded, centre-cropped and resized once. Training then reads only the array.
 """
@@ -42,7 +42,7 @@ from PIL import (
 
 CACHE_DIR = "~/.cache/gan-qp"
 SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
-VERSION = 5  # raise it when the same source would give other pixels: caches are then made anew
+VERSION = 5  # raise it when a source gives other pixels than before: old caches are then ignored
 
 
 # ---------------------------------------------------------------- what to import
@@ -120,7 +120,7 @@ class Batches:
         if self.flip:
             # The 1 keeps these random numbers apart from those of the permutations.
             numbers = np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local]
-            flipped = torch.from_numpy(numbers < 0.5).to(self.device, non_blocking=True)
+            flipped = torch.from_numpy(numbers < 0.5).to(self.device)
             batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
         if self.device.type == "mps":
             batch = batch.contiguous()  # torch < 2.14: wrong batch norm gradients if channels last
@@ -267,7 +267,7 @@ class Folder:
             others["hidden"] += hidden
             for file in files:
                 name = Path(folder, file).relative_to(path).as_posix()
-                kind = other_kind(name, extensions)
+                kind = why_not_image(name, extensions)
                 status = None if kind else file_status(path / name)
                 if status:
                     found[name] = [status.st_size, status.st_mtime_ns]
@@ -293,14 +293,14 @@ class ZipArchive:
         try:
             self.archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is not a whole zip archive: {error}") from error
+            raise ValueError(f"{path} is not a valid zip archive: {error}") from error
         extensions = picture_extensions()
         others = Counter()
         self.entries = []
         for entry in self.archive.infolist():
             if entry.is_dir():
                 continue
-            kind = other_kind(entry.filename, extensions)
+            kind = why_not_image(entry.filename, extensions)
             if kind:
                 others[kind] += 1
             else:
@@ -348,8 +348,8 @@ def is_hidden(name):
     return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
 
 
-def other_kind(name, extensions):
-    """What a file is that is not taken for an image: "hidden" or its extension; else None."""
+def why_not_image(name, extensions):
+    """Why a file is left out: it is "hidden", or has this extension. None for an image."""
     if any(is_hidden(part) for part in name.split("/")):
         return "hidden"
     extension = os.path.splitext(name)[1].lower()
@@ -570,7 +570,7 @@ def decode_all(source, size):
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for i in range(0, len(blocks), 64):  # no more at once, in case the disk is slower
+        for i in range(0, len(blocks), 64):  # limits what waits in memory for a slow disk
             for results in pool.map(decode_block, blocks[i:i + 64]):
                 yield from results
 
@@ -636,7 +636,7 @@ def atomic_write(path):
         replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"{path} could not be written ({reason}); what was there before is intact"
+        message = f"{path} could not be written ({reason}); any earlier version is intact"
         raise OSError(message) from error
     finally:
         with contextlib.suppress(OSError):

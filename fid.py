@@ -42,7 +42,7 @@ WEIGHTS_URL = (
 )
 WEIGHTS_SHA256 = "6726825d"  # the first digits, which the file's name ends with
 FEATURES = 2048  # length of a feature vector
-SWD_IMAGES = 4096  # at most so many of each set are compared
+SWD_IMAGES = 4096  # compare at most this many of each set
 SWD_FEWEST = 128
 
 
@@ -238,7 +238,7 @@ def full_precision():
 def published_weights():
     """Path of pytorch-fid's weights in torch.hub's folder; they are downloaded if need be.
 
-    torch.hub checks a file only while it downloads it, so a torn one would stay for ever.
+    torch.hub checks a file only while it downloads it, so a damaged one would stay forever.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_URL.rsplit("/", 1)[1])
     if path.exists():
@@ -254,7 +254,7 @@ def load_inception(weights=None, device="cpu"):
     """The Inception network for FID, in evaluation mode on `device`.
 
     weights: a file with pytorch-fid's parameter names; None downloads the published one, once.
-    Raises ValueError, in one line that says what to do, if the weights cannot be had or used.
+    Raises ValueError, in one line that says what to do, if the weights cannot be obtained or used.
     """
     hint = f"get {WEIGHTS_URL} and name the file with --weights (--fid-weights in training)"
     if weights is None:
@@ -310,6 +310,7 @@ class ImageSet:
         blocks = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         ahead = []
         with ThreadPoolExecutor() as pool:
+            # pool.map starts to decode a block while the one before it is used; the last is empty
             for block in [*blocks, []]:
                 batch = [pair for pair in ahead if pair is not None]
                 ahead = pool.map(attempt, block)
@@ -317,7 +318,7 @@ class ImageSet:
                     yield batch
                 done += len(batch)
                 if sys.stderr.isatty():
-                    progress = f"\r{self.path}: {done:,}/{len(indices):,}"
+                    progress = f"{self.path}: {done:,}/{len(indices):,}"
                     print(progress, end="\r", file=sys.stderr, flush=True)
 
         speed = done / (time.perf_counter() - began)
@@ -328,7 +329,8 @@ class ImageSet:
 
 def is_hidden(name):
     """Whether a file or one of its folders is hidden, or of those that macOS adds to archives."""
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+    parts = [part for part in PurePosixPath(name).parts if part != ".."]
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
 def list_folder(folder):
@@ -392,7 +394,7 @@ def open_folder(path):
     def read(index):
         file = path / names[index]
         if not file.is_file():
-            raise ValueError("not a file")  # opening a named pipe would wait for ever
+            raise ValueError("not a file")  # opening a named pipe would wait forever
         return decode(file)
 
     return ImageSet(path, names, read)
@@ -402,7 +404,7 @@ def open_zip(path):
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole zip archive ({one_line(error)})") from error
+        raise ValueError(f"{path} is not a valid zip archive ({one_line(error)})") from error
     # Entries are read, not names: one name may stand for several images.
     entries = choose_images(path, archive.infolist(), name_of=lambda entry: entry.filename)
 
@@ -416,7 +418,7 @@ def open_array(path):
     try:
         images = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
-        raise ValueError(f"{path} is not a whole .npy array ({one_line(error)})") from error
+        raise ValueError(f"{path} is not a valid .npy array ({one_line(error)})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
     return ImageSet(path, range(len(images)), images.__getitem__)
@@ -431,7 +433,7 @@ def open_images(path):
         return open_zip(path)
     if path.suffix.lower() == ".npy":
         return open_array(path)
-    raise ValueError(f"{path} is neither a folder, a .zip, an .npy nor an .npz file")
+    raise ValueError(f"{path} is not a folder, .zip, .npy or .npz file")
 
 
 # ---------------------------------------------------------------- statistics of a set
@@ -449,14 +451,16 @@ def measure(images, inception, clean=False):
         raise ValueError(f"{images.path} holds {stats.n} readable images; two or more are needed")
     if stats.n < FEATURES:  # the covariance is singular and the FID mostly bias
         few = f"{images.path} has only {stats.n:,} images"
-        say(f"warning: {few}; a FID from fewer than {FEATURES:,} is not reliable")
+        say(f"warning: {few}; an FID from fewer than {FEATURES:,} is not reliable")
     return stats
 
 
 def array_stats(images, inception):
     """A memory map, uint8 (N, H, W, 3) -> (mu, sigma), kept in a file beside it for next time."""
     cache = Path(f"{Path(images.filename).with_suffix('')}-{inception.digest}.npz")
-    if not cache.exists():
+    try:
+        return load_stats(cache)
+    except ValueError:  # it is not there yet, or damaged
         save_stats(measure(open_images(images.filename), inception), cache)
     return load_stats(cache)
 
@@ -744,7 +748,7 @@ def main():
             write_stats(args)
         else:
             print_fid(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(one_line(error))
     except KeyboardInterrupt:
         fail("interrupted")

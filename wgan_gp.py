@@ -46,6 +46,7 @@ import fid
 SCRIPT = Path(__file__).stem
 IMG_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 MIN_DISTANCE = 1e-4  # a hundredth of a grey level: two equal images must not divide by zero
+NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, whose momentum is 1 - PyTorch's
 NORM_SAMPLES = 2048  # generated images from which the average's batch norm takes its statistics
 
 
@@ -83,16 +84,15 @@ class Generator(nn.Module):
         super().__init__()
         widths = layer_widths(img_size, max_channels)[::-1]
         self.linear = nn.Linear(z_dim, 16 * widths[0])
-        self.norm = nn.BatchNorm1d(16 * widths[0], eps=1e-3, momentum=0.01)
+        self.norm = nn.BatchNorm1d(16 * widths[0], **NORM)
 
+        up = {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}
         layers = []
         for wide, narrow in itertools.pairwise(widths):
-            layers.append(
-                nn.ConvTranspose2d(wide, narrow, 5, stride=2, padding=2, output_padding=1)
-            )
-            layers.append(nn.BatchNorm2d(narrow, eps=1e-3, momentum=0.01))
+            layers.append(nn.ConvTranspose2d(wide, narrow, **up))
+            layers.append(nn.BatchNorm2d(narrow, **NORM))
             layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.ConvTranspose2d(widths[-1], 3, 5, stride=2, padding=2, output_padding=1))
+        layers.append(nn.ConvTranspose2d(widths[-1], 3, **up))
         self.layers = nn.Sequential(*layers)
         self.apply(glorot_init)
 
@@ -132,11 +132,12 @@ class Discriminator(nn.Module):
             return self.linear(features.to(x.dtype)).squeeze(1)
 
     def input_gradient(self, x):
-        """grad T(x), differentiable in the weights, 1.25 times as fast as `autograd_gradient`.
+        """grad T(x), differentiable in the weights: (B, 3, S, S) -> (B, 3, S, S).
 
-        Leaky ReLU multiplies each activation by a constant, 1 or 0.2, so T is linear around x.
-        Its gradient is the last layer's weights, taken back through the layers: multiplied by
-        those constants, then sent through the transposed convolution. (B, 3, S, S) -> the same.
+        This is backpropagation by hand, 1.25 times as fast as `autograd_gradient`. Leaky ReLU only
+        multiplies by a constant slope, 1 or 0.2, so T is linear around x; its gradient is the last
+        layer's weights, multiplied by the slopes and sent through the transposed convolution,
+        layer by layer. It holds for this critic, which has no batch norm.
         """
         slopes = []
         for layer in self.layers:
@@ -156,9 +157,10 @@ class Discriminator(nn.Module):
 
 
 def check_same_shape(what, a, b):
-    """Raise ValueError unless both have one shape: broadcasting would pair the wrong ones."""
+    """Raise ValueError for two shapes: broadcasting would silently pair the wrong elements."""
     if a.shape != b.shape:
-        raise ValueError(f"{what} must have one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"{what} must have the same shape, not {shapes}")
 
 
 def pair_distance(x_real, x_fake, metric="l1"):
@@ -222,13 +224,13 @@ def divergence_penalty(D, x_real, x_fake, k=2.0, p=6, input_gradient=autograd_gr
 
 def constraint_penalty(D, x_real, x_fake, args, rng):
     """What --constraint adds to the critic's loss: a scalar, 0 for sn and clip."""
-    own = Discriminator.input_gradient
+    input_gradient = Discriminator.input_gradient  # called as f(D, x)
     if args.constraint == "gp":
         t = torch.rand(args.batch_size, 1, 1, 1, generator=rng, device=rng.device)
         t = t.chunk(args.world)[args.rank]
-        return args.gp_weight * gradient_penalty(D, x_real, x_fake, t, input_gradient=own)
+        return args.gp_weight * gradient_penalty(D, x_real, x_fake, t, input_gradient)
     if args.constraint == "div":
-        return divergence_penalty(D, x_real, x_fake, input_gradient=own)
+        return divergence_penalty(D, x_real, x_fake, input_gradient=input_gradient)
     return 0.0
 
 
@@ -331,61 +333,66 @@ def build(args, device):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=args.constraint == "sn")
-    G_ema = copy.deepcopy(G) if args.ema else G
+    G_ema = copy.deepcopy(G) if args.ema else G  # only the first process runs the copy: plain norm
     if args.world > 1 and device.type == "cuda":
         G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
         D = nn.SyncBatchNorm.convert_sync_batchnorm(D)
     for network in (G, D, G_ema):
         network.to(device, memory_format=memory_format(device))
 
-    adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": device.type != "mps"}
+    fused = device.type != "mps"
+    adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": fused}  # Keras' epsilon
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     return {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
 
 
 def set_up(args, device):
-    """-> what the loop in `train` needs: state, batches, the iteration to start after, and a Run.
+    """-> what the loop in `train` needs: state, batches, the iterations done so far, and a Run.
 
-    Only the first process has a Run. Ends with one line where the flags and the images, or the
-    run that --resume continues, do not go together.
+    Only the first process has a Run. Ends with one line where the flags, the images and the run
+    that --resume continues do not go together.
     """
     check_folder(args)
     try:
         state = build(args, device)
-        start, log, old_images = restore(args, state)
+        done, log, old_images = restore(args, state)
+        check_agreement(done, args)
         images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=args.rank > 0)
-        if old_images not in (None, data.fingerprint(images)):
+        if old_images and old_images != data.fingerprint(images):
             fail(f"{args.data} does not hold the images of the run in {args.out}")
         batches = data.Batches(
             images, args.batch_size, device, args.seed, args.flip, args.rank, args.world
         )
-        run = Run(args, state, images, start, log) if args.rank == 0 else None
+        run = Run(args, state, images, done, log) if args.rank == 0 else None
     except ValueError as error:
         fail(error)
-    return state, batches, start, run
+    return state, batches, done, run
 
 
 def train(args):
     """Train until args.iters, or until the run is asked to stop. Its results are in args.out."""
     device = torch.device(args.device)
+    if device.type == "cpu" and args.img_size >= 128 and args.rank == 0:
+        hint = "a size for a CPU is --img-size 32 --max-channels 128"
+        print(f"training on the CPU: an iteration will take many seconds; {hint}", flush=True)
     configure_cudnn()
     join_processes(args.world, device)
-    state, batches, start, run = set_up(args, device)
+    state, batches, done, run = set_up(args, device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     rng = torch.Generator(device)
     stop = StopRequest()
     if run:
         run.write_head()
 
-    it = start
-    for it in range(start + 1, args.iters + 1):
+    it = done
+    for it in range(done + 1, args.iters + 1):
         losses = train_iteration(it, state, batches, rng, args, amp)
 
-        first = it == start + 1
+        first = it == done + 1
         last = it == args.iters
         stop_now = stop.agreed(args.world)
-        fid_now = args.fid_every > 0 and (last or it % args.fid_every == 0)
+        fid_now = args.fid_every > 0 and not stop_now and (last or it % args.fid_every == 0)
         sample_now = last or it % args.sample_every == 0
         save_now = first or last or stop_now or it % args.save_every == 0
         log_now = first or last or stop_now or fid_now or it % args.log_every == 0
@@ -393,18 +400,20 @@ def train(args):
         # nothing above waits for the device, everything below does
         if log_now or save_now or sample_now:
             losses = read_losses(losses, it, state, args)
-        if run and log_now:
-            run.log_row(it, losses, fid_now)
-        if run and save_now:
-            run.save(it, "last.pt")
-        if run and sample_now:
-            run.save_samples(it)
+        if run:
+            if log_now:
+                run.log_row(it, losses, fid_now)
+            if save_now:
+                run.save(it, "last.pt")
+            if sample_now:
+                run.save_samples(it)
         if stop_now:
             break
 
     if run:
         run.finish(it)
     if args.world > 1:
+        stop.agreed(args.world)  # the first process may still be busy: end together
         torch.distributed.destroy_process_group()
 
 
@@ -414,8 +423,9 @@ def read_losses(losses, it, state, args):
     if args.world > 1:
         torch.distributed.all_reduce(values)
         values /= args.world
-    if not all(tensor.isfinite().all() for tensor in (values, *state["G"].parameters())):
-        hint = f"try a lower --lr (last.pt in {args.out} is from before)"
+    finite = [tensor.isfinite().all() for tensor in (values, *state["G"].parameters())]
+    if not torch.stack(finite).all():
+        hint = f"try a lower --lr (last.pt in {args.out} was saved before)"
         fail(f"iteration {it}: the loss or the generator is not finite; {hint}")
     return dict(zip(losses, values.tolist(), strict=True))
 
@@ -429,15 +439,15 @@ class Run:
     It only watches: nothing here changes the training. Only the first process has one.
     """
 
-    def __init__(self, args, state, images, start, log):
-        """Raises ValueError if FID is on and the Inception weights cannot be had."""
+    def __init__(self, args, state, images, done, log):
+        """Raises ValueError if FID is on and the Inception weights cannot be obtained."""
         self.args = args
         self.state = state
         self.images = images
         self.log = log
         self.out = Path(args.out)
         self.columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
-        self.averaged_at = None  # the iteration for which G_ema's batch norm is up to date
+        self.refreshed_at = None  # the iteration for which G_ema's batch norm is up to date
 
         # the same noise for all sample grids and for FID
         rng = torch.Generator().manual_seed(args.seed)
@@ -447,25 +457,25 @@ class Run:
             self.inception = fid.load_inception(args.fid_weights, args.device)
             self.real_stats = fid.array_stats(images, self.inception)
 
-        self.logged_it = start
+        self.logged_it = done
         self.logged_sec = log[-1]["sec"] if log else 0.0
         self.began = time.perf_counter() - self.logged_sec
 
     def write_head(self):
         """Write what is known before the first iteration, and say what is going to be trained."""
-        device = platform.machine()
+        hardware = platform.machine()
         if self.fixed_z.is_cuda:
-            device = torch.cuda.get_device_name(self.fixed_z.device)
+            hardware = torch.cuda.get_device_name(self.fixed_z.device)
         head = {
             **vars(self.args),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": version("torchvision"),
-            "device_name": device,
+            "device_name": hardware,
         }
         with data.atomic_write(self.out / "args.json") as file:
             file.write(json.dumps(head, indent=1).encode())
-        with data.atomic_write(self.out / "log.jsonl") as file:  # rows after the checkpoint go
+        with data.atomic_write(self.out / "log.jsonl") as file:  # without rows after the checkpoint
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.log)
         (self.out / "samples").mkdir(exist_ok=True)
         real = data.evenly_spaced(self.images, self.columns**2)
@@ -475,7 +485,7 @@ class Run:
         size_D = sum(p.numel() for p in self.state["D"].parameters())
         self.say(
             f"{SCRIPT}: {len(self.images):,} images, {size_G:,} parameters in G, {size_D:,} in D, "
-            f"{self.args.precision} on {self.args.device} ({device})"
+            f"{self.args.precision} on {self.args.device} ({hardware})"
         )
 
     def say(self, line):
@@ -490,16 +500,17 @@ class Run:
         """Add a row to the log and print it; with fid_now, measure FID and keep the best state."""
         sec = time.perf_counter() - self.began
         sec_per_it = (sec - self.logged_sec) / (it - self.logged_it)
-        self.logged_it = it
-        self.logged_sec = sec
         row = {"iter": it, **losses, "sec": round(sec, 3)}
         row["img_per_sec"] = round(self.args.d_steps * self.args.batch_size / sec_per_it, 1)
-
-        best = min((old["fid"] for old in self.log if "fid" in old), default=math.inf)
+        best = False
         if fid_now:
             row["fid"] = self.measure_fid(it)
+            best = all(row["fid"] < old.get("fid", math.inf) for old in self.log)
+        self.logged_it = it
+        self.logged_sec = time.perf_counter() - self.began  # the speed is without FID
+
         self.log.append(row)
-        if fid_now and row["fid"] < best:
+        if best:
             self.save(it, "best.pt")
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -507,33 +518,32 @@ class Run:
         left = timedelta(seconds=round((self.args.iters - it) * sec_per_it))
         self.say(f"{numbers}  left {left}")
 
-    def averaged_generator(self, it):
-        """G_ema, its batch norm brought up to date; without --ema, G itself.
+    def refresh_average(self, it):
+        """Bring the batch norm of G_ema up to date, by measuring it on generated images.
 
-        The statistics of averaged weights are not the average of statistics, so they are
-        measured on generated images.
+        The statistics of averaged weights are not the average of their statistics.
         """
-        G_ema = self.state["G_ema"]
-        if self.args.ema and self.averaged_at != it:
-            update_bn(self.fixed_z[:NORM_SAMPLES].split(32), G_ema)
-            self.averaged_at = it
-        return G_ema
+        if self.args.ema and self.refreshed_at != it:
+            update_bn(self.fixed_z[:NORM_SAMPLES].split(32), self.state["G_ema"])
+            self.refreshed_at = it
 
     def measure_fid(self, it):
         """FID between all training images and as many generated ones as --fid-samples says."""
-        G = self.averaged_generator(it)
-        noise = self.fixed_z[: self.args.fid_samples]
-        stats = fid.generated_stats((generate(G, z) for z in noise.split(50)), self.inception)
+        self.refresh_average(it)
+        noise = self.fixed_z[: self.args.fid_samples].split(64)
+        generated = (generate(self.state["G_ema"], z) for z in noise)
+        stats = fid.generated_stats(generated, self.inception)
         return fid.frechet_distance(*stats, *self.real_stats)
 
     def save_samples(self, it):
         """Write the grid of images that the generator makes of noise that never changes."""
-        images = generate(self.averaged_generator(it), self.fixed_z[: self.columns**2])
+        self.refresh_average(it)
+        images = generate(self.state["G_ema"], self.fixed_z[: self.columns**2])
         data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
 
     def save(self, it, name):
         """Write a checkpoint, from which the run can be continued and images can be made."""
-        self.averaged_generator(it)
+        self.refresh_average(it)
         checkpoint = {
             "script": SCRIPT,
             "iter": it,
@@ -560,7 +570,7 @@ def check_folder(args):
     out = Path(args.out)
     if (out / "last.pt").exists():
         if not args.resume:
-            fail(f"--out {out} holds a run: continue it with --resume, or name another")
+            fail(f"--out {out} holds a run: add --resume to continue it, or name another folder")
     elif any(out.glob("*.pt")) or any(out.glob("samples/*")):
         fail(f"--out {out} holds a run without last.pt: name another folder")
     elif args.resume and args.rank == 0:
@@ -577,21 +587,24 @@ def restore(args, state):
         return 0, [], None
     with refusing_damage(path):
         checkpoint = load_checkpoint(path)
-        for name, old in checkpoint["args"].items():
+        old_args = checkpoint["args"]
+        for name, old in old_args.items():
             new = vars(args).get(name)
             if new != old and name not in MAY_CHANGE:
                 flag = "--" + name.replace("_", "-")
-                fail(f"{flag} {new} contradicts the run in {args.out}: {flag} {old}")
+                fail(f"{flag} {new} does not match the run in {args.out}, which has {flag} {old}")
+        if (args.device == "mps") != (old_args["device"] == "mps"):
+            fail("a run can move neither to mps nor away from it: Adam's state differs there")
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         return checkpoint["iter"], checkpoint["log"], checkpoint["images"]
 
 
 def load_checkpoint(path):
-    """-> the dict that `Run.save` has written. No code in the file is run, wherever it is from."""
+    """-> the dict that `Run.save` has written. Never executes code from the file."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["script"] != SCRIPT:
-        raise ValueError(f"it is one of {checkpoint['script']}.py")
+        raise ValueError(f"it belongs to {checkpoint['script']}.py")
     return checkpoint
 
 
@@ -600,10 +613,12 @@ def refusing_damage(path):
     """End with one line if anything goes wrong while the checkpoint `path` is read."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]  # torch has a line for each wrong parameter
         kind = type(error).__name__
-        fail(f"{path} is not a whole checkpoint of {SCRIPT}.py ({kind}: {reason})")
+        fail(f"{path} is not a valid checkpoint of {SCRIPT}.py ({kind}: {reason})")
 
 
 # -------------------------------------------------------------------- devices and processes
@@ -612,13 +627,13 @@ def refusing_damage(path):
 def fail(message, alike=True):
     """End with one line on standard error and exit code 2.
 
-    Where all processes fail alike the first one alone speaks, otherwise each one that fails.
+    If all processes fail for the same reason (alike), only the first one of each machine reports
+    it; otherwise every process that fails does.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"{SCRIPT}.py: {message}", file=sys.stderr)
-    elif not alike:
-        print(f"{SCRIPT}.py, process {rank}: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK") or "0"
+    who = f"{SCRIPT}.py" if rank == "0" else f"{SCRIPT}.py, process {rank}"
+    if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{who}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -628,21 +643,35 @@ def read_processes():
     world = os.environ.get("WORLD_SIZE") or "1"
     if (rank, world) == ("0", "1"):
         return 0, 1
-    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    if not (address and rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+    valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+    if not (valid and os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         hint = "start several processes with torchrun, or unset both"
         fail(f"RANK or WORLD_SIZE is set, but not as torchrun sets them: {hint}", alike=False)
     return int(rank), int(world)
 
 
+def check_agreement(done, args):
+    """Refuse processes that would continue from different checkpoints."""
+    if args.world > 1:
+        bounds = torch.tensor([done, -done])
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        if bounds[0] != -bounds[1]:
+            fail(f"--out {args.out} differs between machines: it must be a folder they share")
+
+
 def check_device(args):
     """Refuse a device that is not there; of several GPUs, give each process its own."""
     gpus = torch.cuda.device_count()
-    if args.device == "cuda" and 0 < gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"there are only {gpus} GPUs: give torchrun a lower --nproc-per-node")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.device == "cuda" and 0 < gpus < processes:
+        fail(f"{processes} processes, but only {gpus} GPU(s): lower torchrun's --nproc-per-node")
+    if args.device.startswith("cuda:") and args.world > 1:
+        fail(f"--device {args.device} cannot serve several processes: give --device cuda")
     try:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        elif args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
         torch.zeros(1, device=args.device)
     except Exception as error:
         reason = str(error).split("\n")[0]
@@ -660,7 +689,7 @@ def choose_precision(device):
 
 
 def configure_cudnn():
-    """All images have one size, so cuDNN may try which algorithm is fastest. fp32 means fp32."""
+    """All images are the same size, so cuDNN may time its algorithms. fp32 means fp32, not TF32."""
     cudnn = torch.backends.cudnn
     cudnn.benchmark = True
     if hasattr(cudnn, "conv"):  # since torch 2.9, which warns about the older switch for TF32
@@ -681,12 +710,12 @@ def join_processes(world, device):
     """Join the other processes that torchrun has started, if there are any."""
     if world == 1:
         return
-    # now, since Adam imports it: if that came after the group, the group could not end
+    # Adam imports this. It must come before the process group, which could not end otherwise.
     import torch.distributed.nn
 
-    # torchrun's store still holds the addresses of the processes before a restart: a new prefix
+    # After a restart torchrun's store still holds the old addresses, hence a prefix of its own.
     waiting = timedelta(hours=1)  # while the first process measures FID
-    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=waiting))
+    store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=waiting))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = torch.distributed.PrefixStore(f"after {restarts} restarts", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -706,10 +735,13 @@ class StopRequest:
                 signal.signal(number, self.ask)
 
     def ask(self, *_):
+        if not self.asked and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError, RuntimeError):  # closed, or in the midst of a print
+                print("stopping after this iteration", file=sys.stderr)
         self.asked = True
 
     def agreed(self, world):
-        """Whether any process was asked. They must stop together, or one would wait for ever."""
+        """Whether any process was asked. They must stop together, or one would wait forever."""
         if world == 1:
             return self.asked
         votes = torch.tensor(float(self.asked))  # on the CPU: nobody waits for a GPU
@@ -733,7 +765,7 @@ def sample(args):
     """Write images of the generator in args.sample to args.out: one grid, or a folder of PNGs."""
     out = Path(args.out)
     as_grid = data.is_picture_name(out)
-    if out.is_file() or any(out.glob("*.png")) or (as_grid and out.exists()):
+    if out.exists() and (as_grid or not out.is_dir() or any(out.glob("*.png"))):
         fail(f"--out {out} exists: name a new file or folder")
     with refusing_damage(args.sample):
         checkpoint = load_checkpoint(args.sample)
@@ -747,7 +779,7 @@ def sample(args):
     rng = torch.Generator().manual_seed(args.seed)
     z = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
     if args.interpolate:
-        # a quarter turn on the sphere from each noise to a goal: each point is as normal as both
+        # rotate each noise by 90 degrees to another: every point between is standard normal too
         goal = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
         angle = torch.linspace(0, math.pi / 2, 8)[:, None]
         z = angle.cos() * z[:, None] + angle.sin() * goal[:, None]
@@ -757,18 +789,20 @@ def sample(args):
         columns = 8 if args.interpolate else math.ceil(len(z) ** 0.5)
         data.save_grid(generate(G, z.to(device)), out, columns)
     else:
-        for i, one in enumerate(z.split(1)):
-            data.save_grid(generate(G, one.to(device)), out / f"{i:05d}.png", columns=1)
+        for i, part in enumerate(z.split(32)):
+            for j, image in enumerate(generate(G, part.to(device)), 32 * i):
+                data.save_grid(image[None], out / f"{j:05d}.png", columns=1)
     print(f"{len(z)} images in {out}")
 
 
 # ------------------------------------------------------------------------- the command line
 
-# Flags that may change when a run is continued; the others make it what it is.
-MAY_CHANGE = """
-    data cache_dir iters device precision out resume log_every sample_every save_every fid_every
-    fid_samples fid_weights sample num_samples interpolate rank world
-""".split()
+# What may differ when a run is resumed. All other flags must match the checkpoint.
+MAY_CHANGE = {
+    "data", "cache_dir", "iters", "device", "precision", "out", "resume", "log_every",
+    "sample_every", "save_every", "fid_every", "fid_samples", "fid_weights", "sample",
+    "num_samples", "interpolate", "rank", "world",
+}
 
 
 def bounded(kind, low, high):
@@ -823,7 +857,7 @@ def parse_args():
     flag("--d-steps", type=count, default=5,
          help="discriminator updates for each generator update (%(default)s)")
     flag("--batch-size", type=bounded(int, 2, 10**6),
-         help="images in a batch, over all processes (64; 32 at 512 px and above)")
+         help="batch size over all processes (64; 32 at 512 px and above)")
     flag("--lr", type=bounded(float, 1e-9, 1), default=1e-4, help="learning rate (%(default)s)")
     flag("--betas", type=bounded(float, 0, 0.99999), nargs=2, default=[0.0, 0.9],
          help="betas of Adam (%(default)s)")
@@ -840,12 +874,12 @@ def parse_args():
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="bf16: autocast, with losses in fp32; auto: bf16 where the hardware has it")
     flag("--out", type=path, help=f"the run's folder (runs/{SCRIPT}-SIZE); "
-         "with --sample a picture such as grid.png, or a folder")
+         "with --sample a picture such as grid.png, or a folder (CKPT-seedN.png)")
     flag("--resume", action="store_true",
          help="continue from last.pt in --out; if there is none yet, start")
-    flag("--log-every", type=count, default=50, help="iterations (%(default)s)")
-    flag("--sample-every", type=count, default=500, help="iterations (%(default)s)")
-    flag("--save-every", type=count, default=1000, help="iterations (%(default)s)")
+    flag("--log-every", type=count, default=50, help="iterations between rows (%(default)s)")
+    flag("--sample-every", type=count, default=500, help="iterations between grids (%(default)s)")
+    flag("--save-every", type=count, default=1000, help="iterations between saves (%(default)s)")
     flag("--fid-every", type=bounded(int, 0, 10**9), default=0, help="iterations (0: never)")
     flag("--fid-samples", type=bounded(int, 2, 10**7), default=10000,
          help="generated images for each FID (%(default)s)")
@@ -857,7 +891,7 @@ def parse_args():
          help="do not train, but write images from this checkpoint to --out")
     flag("--num-samples", type=count, default=64, help="how many images (%(default)s)")
     flag("--interpolate", action="store_true",
-         help="make rows of 8 images that lead from one noise to another")
+         help="rows of 8 images that interpolate between two noise vectors")
     return parser.parse_args()
 
 
@@ -868,6 +902,8 @@ def main():
     args.world = world
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
+    if args.batch_size < 2 * world:
+        fail(f"--batch-size must be at least {2 * world}: batch norm needs two images a process")
     if args.out is None and args.sample:
         args.out = f"{args.sample}-seed{args.seed}.png"
     if args.out is None:
@@ -875,24 +911,24 @@ def main():
     check_device(args)
     if args.precision == "auto":
         args.precision = choose_precision(args.device)
-    if args.device == "cpu" and args.img_size >= 128 and not args.sample and rank == 0:
-        hint = "a size for a CPU is --img-size 32 --max-channels 128"
-        print(f"no GPU: each iteration will take many seconds at this size; {hint}", flush=True)
 
     try:
-        if args.sample:
+        if args.sample and world == 1:
             sample(args)
+        elif args.sample:
+            fail("--sample needs one process only: start it without torchrun")
         elif rank > 0:
             train(args)
         else:
             with data.file_lock(Path(args.out) / ".lock", wait=False):
                 train(args)
     except BlockingIOError:
-        fail(f"--out {args.out} is in use by a run: wait for its end, or name another folder")
+        fail(f"--out {args.out} is in use by another run: wait until it ends, or name another")
     except (OSError, KeyboardInterrupt) as error:  # a full disk, say, or Ctrl-C before the loop
         fail(str(error) or "interrupted", alike=False)
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):  # a word in the messages of CUDA, the CPU and NumPy
+        # words in the messages of NumPy, the CPU, CUDA, cuDNN and MPS
+        if not any(word in str(error) for word in ("allocate", "ALLOC_FAILED", "out of memory")):
             raise
         hint = "try a smaller --batch-size, --max-channels or --img-size, or --precision bf16"
         fail(f"out of memory: {hint}", alike=False)
