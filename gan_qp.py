@@ -670,6 +670,9 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
+        # On the CPU, so that nobody waits for a GPU. One tensor that stays: to free another one,
+        # Gloo's thread would need Python, which destroy_process_group does not let go.
+        self.votes = torch.zeros(1)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK"):
             number = getattr(signal, name, None)  # not every system has them all
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
@@ -685,9 +688,9 @@ class StopRequest:
         """Whether any process was asked. They must stop together, or one would wait forever."""
         if world == 1:
             return self.asked
-        votes = torch.tensor(float(self.asked))  # on the CPU: nobody waits for a GPU
-        torch.distributed.all_reduce(votes)
-        return votes.item() > 0
+        self.votes.fill_(self.asked)
+        torch.distributed.all_reduce(self.votes)
+        return self.votes.item() > 0
 
 
 # -------------------------------------------------------------------------------- sampling

@@ -2298,7 +2298,16 @@ def test_sets_that_swd_cannot_compare_are_refused(cli, tmp_path):
 
 # ---------------------------------------------------------------- README
 
-def test_readme_snippet():
-    """The loss as the README says to copy it."""
-    snippet, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    exec(snippet, {})
+def test_readme_snippets(tmp_path, monkeypatch):
+    """The loss, and how to load a generator, as the README shows them."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/gan_qp-128").mkdir(parents=True)
+    torch.save({"G_ema": gan_qp.Generator(128).state_dict()}, "runs/gan_qp-128/last.pt")
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    loss = {}
+    load = {}
+    exec(snippets[0], loss)
+    expected = gan_qp.qp_divergence(loss["delta"], loss["distance"]).mean()
+    torch.testing.assert_close(-loss["d_loss"], expected)
+    exec(snippets[1], load)
+    assert load["images"].shape == (16, 3, 128, 128)
