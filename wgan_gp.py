@@ -291,7 +291,7 @@ def train_iteration(it, state, batches, rng, args, amp):
     D.requires_grad_(True)
 
     if args.ema:
-        update_average(state["G_ema"], state["G"], args.ema, it)
+        update_average(state["G_ema"], G, args.ema, it)
     losses = {"d_loss": d_loss, "g_loss": g_loss, "divergence": divergence, "lipschitz": lipschitz}
     return {name: loss.detach() for name, loss in losses.items()}
 
