@@ -316,7 +316,7 @@ def train(args):
     device = torch.device(args.device)
     if device.type == "cpu" and args.img_size >= 128 and args.rank == 0:
         hint = "a size for a CPU is --img-size 32 --max-channels 128"
-        print(f"training on the CPU: at this size an iteration can take many seconds; {hint}", flush=True)
+        print(f"training on the CPU: an iteration can take many seconds; {hint}", flush=True)
     configure_cudnn()
     join_processes(args.world, device)
     state, batches, done, run = set_up(args, device)
