@@ -8,6 +8,7 @@ Every image is decoded, centre-cropped and resized once. Training then reads onl
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import inspect
 import io
@@ -30,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import (
-    ExifTags,
     Image,
     ImageCms,
     ImageDraw,
@@ -42,7 +42,7 @@ from PIL import (
 
 CACHE_DIR = "~/.cache/gan-qp"
 SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
-VERSION = 5  # raise it when a source gives other pixels than before: old caches are then ignored
+VERSION = 6  # raise it when a source gives other pixels than before: old caches are then ignored
 
 
 # ---------------------------------------------------------------- what to import
@@ -120,7 +120,7 @@ class Batches:
         if self.flip:
             # The 1 keeps these random numbers apart from those of the permutations.
             numbers = np.random.default_rng((self.seed, k, 1)).random(self.batch_size)[self.local]
-            flipped = torch.from_numpy(numbers < 0.5).to(self.device)
+            flipped = self.to_device(numbers < 0.5)
             batch = torch.where(flipped[:, None, None, None], batch.flip(-1), batch)
         if self.device.type == "mps":
             batch = batch.contiguous()  # torch < 2.14: wrong batch norm gradients if channels last
@@ -143,8 +143,15 @@ class Batches:
             parts.append(self.permutation(epoch)[places[epochs == epoch]])
         return np.concatenate(parts)
 
+    def to_device(self, array):
+        """An array, copied to the device; a GPU copies it while the CPU goes on."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
     def from_disk(self, k):
-        return torch.from_numpy(self.images[self.indices(k)]).to(self.device)
+        return self.to_device(self.images[self.indices(k)])
 
     def on_device(self):
         """All images, copied to the device in parts."""
@@ -154,8 +161,7 @@ class Batches:
         return resident
 
     def from_device(self, k):
-        indices = torch.from_numpy(self.indices(k)).pin_memory()
-        return self.resident[indices.to(self.device, non_blocking=True)]
+        return self.resident[self.to_device(self.indices(k))]
 
     def from_thread(self, k):
         wanted = (k, k + 1, k + 2)
@@ -322,7 +328,7 @@ def walk(path, on_error):
 
     Links are followed, but not upwards: that would bring in what lies beside the source.
     """
-    visited = {str(parent) for parent in path.parents}
+    visited = {str(parent) for parent in path.parents}  # where links upwards lead
     for folder, subfolders, files in os.walk(path, followlinks=True, onerror=on_error):
         real = os.path.realpath(folder)
         if real in visited:
@@ -416,7 +422,8 @@ def to_square(image, size):
     """
     scale_transparent_color(image)
     image.load()
-    image = upright(in_eight_bits(image))
+    image = in_eight_bits(image)
+    turn_upright(image)
     image = to_srgb(image)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -461,14 +468,10 @@ def in_eight_bits(image):
     return result
 
 
-def upright(image):
-    """The image turned as its metadata says; metadata that cannot be read is ignored."""
-    try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
-    except Exception:  # malformed EXIF raises nearly every kind of error
-        return image
+def turn_upright(image):
+    """Turn the image as its metadata says; metadata that cannot be read is ignored."""
+    with contextlib.suppress(Exception):  # malformed EXIF raises nearly every kind of error
+        ImageOps.exif_transpose(image, in_place=True)  # turns it before it writes new metadata
 
 
 def to_srgb(image):
@@ -518,6 +521,9 @@ def changes_nothing(transform):
 
 HEADER_SIZE = 128  # bytes of numpy's header, for any number of images
 
+# Errors of a disk, a network drive or a busy machine, which may be gone at the next attempt.
+PASSING = {"EIO", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT"}
+
 
 def prepare(source, size, path, quiet):
     """Write all images of a source into the array `path`, and a record in JSON beside it.
@@ -561,6 +567,10 @@ def decode_all(source, size):
             try:
                 results.append((source.read(i, size).tobytes(), None))
             except Exception as error:  # Pillow raises nearly every kind of error for bad files
+                if errno.errorcode.get(getattr(error, "errno", None)) in PASSING:
+                    # The image may be good: skipped now, it would be missing for ever.
+                    message = f"{source.names[i]!a} cannot be read now ({error}); try again later"
+                    raise ValueError(message) from error
                 results.append((None, f"{type(error).__name__}: {error}"))
         return results
 
@@ -622,6 +632,16 @@ def expand_home(path):
     except RuntimeError as error:
         advice = "name a path without ~ (for prepared data with --cache-dir)"
         raise OSError(f"{path}: the home directory is not known; {advice}") from error
+
+
+def typed_path(text):
+    """A type for argparse: a path, in which ~ stands for the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        return str(expand_home(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(error) from error
 
 
 @contextlib.contextmanager
@@ -725,7 +745,7 @@ def save_animation(folder, path):
     files = [file for file in Path(folder).glob("*.png") if file.stem.isdecimal()]
     files.sort(key=lambda file: int(file.stem))
     frames = []
-    for place in np.unique(np.linspace(0, max(0, len(files) - 1), 50).astype(int)):
+    for place in np.linspace(0, len(files) - 1, min(50, len(files))).astype(int):
         with contextlib.suppress(Exception), Image.open(files[place]) as picture:
             frames.append(ImageOps.contain(picture.convert("RGB"), (600, 600)))
     if frames:
@@ -750,7 +770,9 @@ def main():
     parser.error = fail  # one line, without the list of flags
     parser.add_argument("source", help=SOURCES)
     parser.add_argument("--img-size", type=int, default=128, help="width and height in pixels")
-    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where the prepared array goes")
+    parser.add_argument(
+        "--cache-dir", type=typed_path, default=CACHE_DIR, help="where the prepared array goes"
+    )
     args = parser.parse_args()
     if not 1 <= args.img_size <= 4096:
         fail(f"--img-size {args.img_size} must be from 1 to 4096")

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import http.client
 import io
-import itertools
 import os
 import sys
 import tempfile
@@ -73,7 +72,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     statistics = [np.asarray(values, dtype=np.float64) for values in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = statistics
     square = (mu1.size, mu1.size)
-    if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == square:
+    if mu1.ndim != 1 or mu1.shape != mu2.shape or {sigma1.shape, sigma2.shape} != {square}:
         first = f"{mu1.shape} and {sigma1.shape}"
         second = f"{mu2.shape} and {sigma2.shape}"
         raise ValueError(f"statistics do not match: shapes {first} against {second}")
@@ -197,17 +196,24 @@ class Inception(nn.Module):
     def device(self):
         return next(self.net.parameters()).device
 
-    @torch.no_grad()
     def forward(self, images, clean=False):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            shape = tuple(images.shape)
-            raise ValueError(f"images are {images.dtype} {shape}, not uint8 (B, 3, H, W)")
-        with full_precision(), torch.autocast(images.device.type, enabled=False):
-            if clean:
-                x = (clean_resize(images) - 128) / 128
-            else:
-                x = F.interpolate(images.float(), (299, 299), mode="bilinear") / 127.5 - 1
+        return self.features(resize(images, clean))
+
+    @torch.no_grad()
+    def features(self, x):
+        """What `resize` returned, (B, 3, 299, 299) -> features (B, 2048)."""
+        with full_precision(), torch.autocast(x.device.type, enabled=False):
             return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+def resize(images, clean=False):
+    """uint8 (B, 3, H, W) -> what the network takes: float32 (B, 3, 299, 299), about [-1, 1]."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        shape = tuple(images.shape)
+        raise ValueError(f"images are {images.dtype} {shape}, not uint8 (B, 3, H, W)")
+    if clean:
+        return (clean_resize(images) - 128) / 128
+    return F.interpolate(images.float(), (299, 299), mode="bilinear") / 127.5 - 1
 
 
 def clean_resize(images):
@@ -310,7 +316,8 @@ class ImageSet:
         blocks = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
         ahead = []
         with ThreadPoolExecutor() as pool:
-            # pool.map starts to decode a block while the one before it is used; the last is empty
+            # Each round starts to decode a block and yields the one that the round before started,
+            # so an empty block comes last.
             for block in [*blocks, []]:
                 batch = [pair for pair in ahead if pair is not None]
                 ahead = pool.map(attempt, block)
@@ -443,10 +450,11 @@ def measure(images, inception, clean=False):
     """ImageSet -> FeatureStats of its features. Raises ValueError with fewer than two images."""
     stats = FeatureStats()
     for batch in images.batches():
-        pixels = [image for _, image in batch]
-        for _, same_size in itertools.groupby(pixels, key=np.shape):
-            stacked = torch.from_numpy(np.stack(list(same_size))).permute(0, 3, 1, 2)
-            stats.update(inception(stacked.to(inception.device()), clean))
+        small = []  # resized one by one: they may be large, and of different sizes
+        for _, image in batch:
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+            small.append(resize(image.to(inception.device()), clean))
+        stats.update(inception.features(torch.cat(small)))
     if stats.n < 2:
         raise ValueError(f"{images.path} holds {stats.n} readable images; two or more are needed")
     if stats.n < FEATURES:  # the covariance is singular and the FID mostly bias
@@ -748,7 +756,7 @@ def main():
             write_stats(args)
         else:
             print_fid(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         fail(one_line(error))
     except KeyboardInterrupt:
         fail("interrupted")

@@ -44,7 +44,7 @@ import fid
 SCRIPT = Path(__file__).stem
 IMG_SIZES = [16, 32, 64, 128, 256, 512, 1024]
 MIN_DISTANCE = 1e-4  # a hundredth of a grey level: two equal images must not divide by zero
-NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, whose momentum is 1 - PyTorch's
+NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, which writes it as momentum 0.99
 NORM_SAMPLES = 2048  # generated images from which the average's batch norm takes its statistics
 
 
@@ -201,8 +201,8 @@ def train_iteration(it, state, batches, rng, args, amp):
 
     state: networks and optimizers, as `build` makes them; batches: a data.Batches; rng: a
     torch.Generator on the device; amp: the autocast context for networks and losses.
-    Returns the last losses by name, as scalar tensors. Waits for nothing, so that a GPU never
-    idles. All randomness follows from the seed and `it`, so there is no random state to save.
+    Returns the last losses by name, as scalar tensors, and does not wait for them, so that a GPU
+    never idles. All randomness follows from the seed and `it`: there is no random state to save.
     """
     G = state["G"]
     D = state["D"]
@@ -269,8 +269,8 @@ def build(args, device):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=not args.no_sn)
-    G_ema = copy.deepcopy(G) if args.ema else G  # only the first process runs the copy: plain norm
-    if args.world > 1 and device.type == "cuda":
+    G_ema = copy.deepcopy(G) if args.ema else G
+    if args.world > 1 and device.type == "cuda":  # G_ema stays: the first process runs it alone
         G = nn.SyncBatchNorm.convert_sync_batchnorm(G)
         D = nn.SyncBatchNorm.convert_sync_batchnorm(D)
     for network in (G, D, G_ema):
@@ -312,7 +312,6 @@ def train(args):
     if device.type == "cpu" and args.img_size >= 128 and args.rank == 0:
         hint = "a size for a CPU is --img-size 32 --max-channels 128"
         print(f"training on the CPU: an iteration can take many seconds; {hint}", flush=True)
-    configure_cudnn()
     join_processes(args.world, device)
     state, batches, done, run = set_up(args, device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -330,10 +329,10 @@ def train(args):
         stop_now = stop.agreed(args.world)
         fid_now = args.fid_every > 0 and not stop_now and (last or it % args.fid_every == 0)
         sample_now = last or it % args.sample_every == 0
-        save_now = first or last or stop_now or it % args.save_every == 0
+        save_now = first or last or stop_now or fid_now or it % args.save_every == 0
         log_now = first or last or stop_now or fid_now or it % args.log_every == 0
 
-        # nothing above waits for the device, everything below does
+        # nothing above waits for a GPU to finish, everything below does
         if log_now or save_now or sample_now:
             losses = read_losses(losses, it, state, args)
         if run:
@@ -395,7 +394,7 @@ class Run:
 
         self.logged_it = done
         self.logged_sec = log[-1]["sec"] if log else 0.0
-        self.began = time.perf_counter() - self.logged_sec
+        self.began = time.perf_counter() - self.logged_sec  # as if the run had never paused
 
     def write_head(self):
         """Write what is known before the first iteration, and say what is going to be trained."""
@@ -443,7 +442,7 @@ class Run:
             row["fid"] = self.measure_fid(it)
             best = all(row["fid"] < old.get("fid", math.inf) for old in self.log)
         self.logged_it = it
-        self.logged_sec = time.perf_counter() - self.began  # the speed is without FID
+        self.logged_sec = time.perf_counter() - self.began  # the next row's speed is without FID
 
         self.log.append(row)
         if best:
@@ -507,7 +506,7 @@ def check_folder(args):
     if (out / "last.pt").exists():
         if not args.resume:
             fail(f"--out {out} holds a run: add --resume to continue it, or name another folder")
-    elif any(out.glob("*.pt")) or any(out.glob("samples/*")):
+    elif any(any(out.glob(kind)) for kind in ("*.pt", "*.gif", "samples/*")):
         fail(f"--out {out} holds a run without last.pt: name another folder")
     elif args.resume and args.rank == 0:
         print(f"there is no {out / 'last.pt'} yet: starting at iteration 1", flush=True)
@@ -549,9 +548,9 @@ def refusing_damage(path):
     """End with one line if anything goes wrong while the checkpoint `path` is read."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0]  # torch has a line for each wrong parameter
         kind = type(error).__name__
         fail(f"{path} is not a valid checkpoint of {SCRIPT}.py ({kind}: {reason})")
@@ -560,17 +559,24 @@ def refusing_damage(path):
 # -------------------------------------------------------------------- devices and processes
 
 
-def fail(message, alike=True):
+def fail(message, everywhere=True):
     """End with one line on standard error and exit code 2.
 
-    If all processes fail for the same reason (alike), only the first one of each machine reports
-    it; otherwise every process that fails does.
+    If every process fails for the same reason (everywhere), only the first one of each machine
+    reports it; otherwise each process that fails does.
     """
     rank = os.environ.get("RANK") or "0"
     who = f"{SCRIPT}.py" if rank == "0" else f"{SCRIPT}.py, process {rank}"
-    if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
+    if not everywhere or "0" in (rank, os.environ.get("LOCAL_RANK")):
         print(f"{who}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that a device, or the machine, has too little memory."""
+    # words in the messages of NumPy, the CPU, CUDA, cuDNN (the last two) and MPS
+    words = ("allocate", "out of memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def read_processes():
@@ -582,7 +588,7 @@ def read_processes():
     valid = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
     if not (valid and os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         hint = "start several processes with torchrun, or unset both"
-        fail(f"RANK or WORLD_SIZE is set, but not as torchrun sets them: {hint}", alike=False)
+        fail(f"RANK or WORLD_SIZE is set, but not as torchrun sets them: {hint}", everywhere=False)
     return int(rank), int(world)
 
 
@@ -590,7 +596,7 @@ def check_agreement(done, args):
     """Refuse processes that would continue from different checkpoints."""
     if args.world > 1:
         bounds = torch.tensor([done, -done])
-        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)  # max and -min
         if bounds[0] != -bounds[1]:
             fail(f"--out {args.out} differs between machines: it must be a folder they share")
 
@@ -598,7 +604,7 @@ def check_agreement(done, args):
 def check_device(args):
     """Refuse a device that is not there; of several GPUs, give each process its own."""
     gpus = torch.cuda.device_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if args.device == "cuda" and 0 < gpus < processes:
         fail(f"{processes} processes, but only {gpus} GPU(s): lower torchrun's --nproc-per-node")
     if args.device.startswith("cuda:") and args.world > 1:
@@ -611,7 +617,8 @@ def check_device(args):
         torch.zeros(1, device=args.device)
     except Exception as error:
         reason = str(error).split("\n")[0]
-        fail(f"--device {args.device} is not available ({reason}); try --device cpu", alike=False)
+        hint = f"is not available ({reason}); try --device cpu"
+        fail(f"--device {args.device} {hint}", everywhere=False)
 
 
 def choose_precision(device):
@@ -646,7 +653,8 @@ def join_processes(world, device):
     """Join the other processes that torchrun has started, if there are any."""
     if world == 1:
         return
-    # Adam imports this. It must come before the process group, which could not end otherwise.
+    # Adam's first step imports this. If that happened only after the process group is made, the
+    # processes would hang at their end.
     import torch.distributed.nn
 
     # After a restart torchrun's store still holds the old addresses, hence a prefix of its own.
@@ -665,8 +673,9 @@ class StopRequest:
 
     def __init__(self):
         self.asked = False
-        # On the CPU, so that nobody waits for a GPU. One tensor that stays: to free another one,
-        # Gloo's thread would need Python, which destroy_process_group does not let go.
+        # On the CPU, so that nobody waits for a GPU. One tensor for the whole run: Gloo's thread
+        # would need the GIL to free a vote's own tensor, but destroy_process_group holds the GIL
+        # while it waits for that thread.
         self.votes = torch.zeros(1)
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK"):
             number = getattr(signal, name, None)  # not every system has them all
@@ -739,8 +748,8 @@ def sample(args):
 # What may differ when a run is resumed. All other flags must match the checkpoint.
 MAY_CHANGE = {
     "data", "cache_dir", "iters", "device", "precision", "out", "resume", "log_every",
-    "sample_every", "save_every", "fid_every", "fid_samples", "fid_weights", "sample",
-    "num_samples", "interpolate", "rank", "world",
+    "sample_every", "save_every", "fid_every", "fid_weights", "sample", "num_samples",
+    "interpolate", "rank", "world",
 }
 
 
@@ -755,16 +764,6 @@ def bounded(kind, low, high):
 
     convert.__name__ = kind.__name__  # which argparse shows for text that is no number
     return convert
-
-
-def path(text):
-    """A type for argparse: a path, in which ~ stands for the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def parse_args():
@@ -782,7 +781,7 @@ def parse_args():
          help="folder, .zip, torchvision:NAME, synthetic or synthetic:N (%(default)s)")
     flag("--img-size", type=int, choices=IMG_SIZES, default=128, help="in pixels (%(default)s)")
     flag("--flip", action="store_true", help="flip each image with a probability of one half")
-    flag("--cache-dir", type=path, default=data.CACHE_DIR,
+    flag("--cache-dir", type=data.typed_path, default=data.CACHE_DIR,
          help="folder for prepared images and statistics (%(default)s)")
 
     # divergence
@@ -810,7 +809,7 @@ def parse_args():
          help="cuda, cpu or mps (%(default)s)")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto",
          help="bf16: autocast, with losses in fp32; auto: bf16 where the hardware has it")
-    flag("--out", type=path, help=f"the run's folder (runs/{SCRIPT}-SIZE); "
+    flag("--out", type=data.typed_path, help=f"the run's folder (runs/{SCRIPT}-SIZE); "
          "with --sample a picture such as grid.png, or a folder (CKPT-seedN.png)")
     flag("--resume", action="store_true",
          help="continue from last.pt in --out; if there is none yet, start")
@@ -820,11 +819,11 @@ def parse_args():
     flag("--fid-every", type=bounded(int, 0, 10**9), default=0, help="iterations (0: never)")
     flag("--fid-samples", type=bounded(int, 2, 10**7), default=10000,
          help="generated images for each FID (%(default)s)")
-    flag("--fid-weights", type=path,
+    flag("--fid-weights", type=data.typed_path,
          help="file of Inception weights (the published ones, downloaded once)")
 
     # sampling
-    flag("--sample", type=path, metavar="CKPT",
+    flag("--sample", type=data.typed_path, metavar="CKPT",
          help="do not train, but write images from this checkpoint to --out")
     flag("--num-samples", type=count, default=64, help="how many images (%(default)s)")
     flag("--interpolate", action="store_true",
@@ -846,6 +845,7 @@ def main():
     if args.out is None:
         args.out = f"runs/{SCRIPT}-{args.img_size}"
     check_device(args)
+    configure_cudnn()
     if args.precision == "auto":
         args.precision = choose_precision(args.device)
 
@@ -862,13 +862,15 @@ def main():
     except BlockingIOError:
         fail(f"--out {args.out} is in use by another run: wait until it ends, or name another")
     except (OSError, KeyboardInterrupt) as error:  # a full disk, say, or Ctrl-C before the loop
-        fail(str(error) or "interrupted", alike=False)
+        fail(str(error) or "interrupted", everywhere=False)
     except (RuntimeError, MemoryError) as error:
-        # words in the messages of NumPy, the CPU, CUDA, cuDNN and MPS
-        if not any(word in str(error) for word in ("allocate", "ALLOC_FAILED", "out of memory")):
+        if not is_out_of_memory(error):
             raise
         hint = "try a smaller --batch-size, --max-channels or --img-size, or --precision bf16"
-        fail(f"out of memory: {hint}", alike=False)
+        if args.sample:
+            hint = "try a smaller --num-samples"
+        reason = str(error).split("\n")[0][:100]
+        fail(f"out of memory: {hint} ({reason})", everywhere=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ They need no network and no GPU; what needs CUDA is skipped without it.
 
 import argparse
 import ast
+import errno
 import json
 import math
 import os
@@ -858,6 +859,21 @@ def test_metadata_that_cannot_be_read_costs_no_image(tmp_path):
         np.testing.assert_allclose(image[4, 4], (200, 60, 40), atol=3, err_msg=name)
 
 
+def test_metadata_that_cannot_be_written_again_turns_an_image(tmp_path, monkeypatch):
+    photo = Image.new("RGB", (8, 8), "white")
+    photo.paste("black", (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    photo.save(tmp_path / "a.jpg", quality=100, exif=exif)
+
+    def fail(*_):
+        raise ValueError("a damaged tag")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    image = prepared(tmp_path)[0]["a.jpg"]
+    assert image[:3].min() > 245 and image[5:].max() < 10
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
                                   "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_mode_of_a_pil_image(mode):
@@ -974,6 +990,7 @@ def test_sources_that_do_not_work(tmp_path, cli):
     assert not any((tmp_path / "run").glob("[!.]*"))  # but for the lock
     refused(cli("data", "synthetic", "--img-size", "0"), "--img-size")
     refused(cli("data", "synthetic", "--img-size", "large"), "--img-size")
+    refused(cli("data", "synthetic:2", "--cache-dir", ""), "--cache-dir", "empty")
 
 
 def test_a_home_directory_and_none(tmp_path, monkeypatch):
@@ -1083,6 +1100,22 @@ def test_a_source_that_changes(tmp_path):
     path = tmp_path / "cache" / "shrinking.npy"
     data.prepare(Shrinking(folder), 8, path, quiet=True)
     assert np.array_equal(np.load(path), after[:2])
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_image(tmp_path, cli, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(2):
+        make_image(i).save(photos / f"{i}.png")
+
+    def fail(self, i, size):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Folder, "read", fail)
+        flags = ["--data", photos, "--out", tmp_path / "run"]
+        refused(cli("gan_qp", *TINY, *flags), "0.png", "Input/output error", "try again")
+    assert len(prepared(photos)[0]) == 2
 
 
 def test_fingerprint_is_of_the_images_alone(tmp_path):
@@ -1444,6 +1477,9 @@ def test_every_process_tells_its_own_error(cli, monkeypatch, tmp_path):
     assert code == 2 and err.startswith("gan_qp.py, process 1: --device mars")
     code, _, err = cli("gan_qp", *flags, "--lam", 0)
     assert code == 2 and err == ""
+    for name in ("RANK", "WORLD_SIZE"):  # several runs that a queue started, each on its own
+        monkeypatch.delenv(name)
+    refused(cli("gan_qp", *flags, "--lam", 0), "--lam")
 
 
 def test_grids_of_large_images(cli, tmp_path):
@@ -1505,6 +1541,15 @@ def test_checkpoints_from_strangers(cli, tmp_path, monkeypatch):
     assert not Path("ran-code").exists()
 
 
+def test_a_whole_checkpoint_for_which_there_is_no_memory(cli, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", fail)
+    flags = ["--sample", "last.pt", "--out", tmp_path / "x.png", "--device", "cpu"]
+    refused(cli("gan_qp", *flags), "out of memory", "--num-samples")
+
+
 def test_resume_compares_the_images_and_not_their_place(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
@@ -1530,6 +1575,8 @@ def test_results_without_last_pt_are_not_overwritten(cli, tmp_path):
     for flag in ([], ["--resume"]):
         refused(cli("gan_qp", *TINY, "--iters", 1, "--seed", 1, "--out", run, *flag), "last.pt")
     assert (run / "samples" / "000001.png").read_bytes() == before
+    shutil.rmtree(run / "samples")  # progress.gif and the log are left
+    refused(cli("gan_qp", *TINY, "--iters", 1, "--out", run), "last.pt")
 
 
 def test_strange_files_among_the_samples(cli, tmp_path):
@@ -2151,11 +2198,21 @@ def test_home_is_expanded(bad_sets, cli, monkeypatch):
     assert code == 0 and float(out) == pytest.approx(3)
 
 
-def test_fid_in_training(inception_file, cli, tmp_path):
+def test_fid_in_training(inception_file, cli, tmp_path, monkeypatch):
+    written = []
+    atomic_write = data.atomic_write
+
+    def noting(path):
+        written.append(Path(path).name)
+        return atomic_write(path)
+
     flags = [*TINY, "--iters", 4, "--log-every", 4]
     measured = ["--fid-every", 2, "--fid-samples", 6, "--fid-weights", inception_file]
     assert cli("gan_qp", *flags, "--out", tmp_path / "off")[0] == 0
+    monkeypatch.setattr(data, "atomic_write", noting)
     assert cli("gan_qp", *flags, *measured, "--out", tmp_path / "on")[0] == 0
+    # After each FID too: if the log lost a FID, a worse state could replace best.pt.
+    assert written.count("last.pt") == 3
     log = [row for row in log_of(tmp_path / "on") if "fid" in row]
     assert [row["iter"] for row in log] == [2, 4] and all(row["fid"] > 0 for row in log)
 
