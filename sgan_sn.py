@@ -336,6 +336,8 @@ def train(args):
         if log_now or save_now or sample_now:
             losses = read_losses(losses, it, state, args)
         if run:
+            if fid_now:
+                run.save(it, "last.pt")  # FID takes minutes, and whoever stops a run may not wait
             if log_now:
                 run.log_row(it, losses, fid_now)
             if save_now:
