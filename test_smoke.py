@@ -2371,3 +2371,25 @@ def test_readme_snippets(tmp_path, monkeypatch):
     torch.testing.assert_close(-loss["d_loss"], expected)
     exec(snippets[1], load)
     assert load["images"].shape == (16, 3, 32, 32)
+
+
+def test_readme_flags(monkeypatch):
+    """The README lists every flag of the scripts that it uses, each with its default."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    defaults = {}
+    for module in (sgan_sn, wgan_gp, gan_qp):  # gan_qp last: the list has its defaults
+        defaults |= vars(module.parse_args())
+    text = (HERE / "README.md").read_text()
+    listing = re.search(r"^--data .*?(?=```)", text, re.S | re.M)[0]
+    for line in listing.splitlines():
+        flag, default = line.split()[:2]
+        value = defaults[flag[2:].replace("-", "_")]
+        if isinstance(value, int | float):
+            assert value == (0 if default == "off" else float(default)), flag
+
+    others = {"--swd", "--clean", "--weights", "--save-stats"}  # of fid.py
+    others |= {"--nproc-per-node", "--max-restarts"}  # of torchrun
+    used = set(re.findall(r"--[a-z][a-z-]+", text)) - others
+    listed = set(re.findall(r"--[a-z][a-z-]+", listing))
+    assert not used - listed
+    assert all(flag[2:].replace("-", "_") in defaults for flag in listed)
