@@ -264,7 +264,8 @@ def train_iteration(it, state, batches, rng, args, amp):
     state: networks and optimizers, as `build` makes them; batches: a data.Batches; rng: a
     torch.Generator on the device; amp: the autocast context for networks and losses.
     Returns the last losses by name, as scalar tensors, and does not wait for them, so that a GPU
-    never idles. All randomness follows from the seed and `it`: there is no random state to save.
+    never idles (of several processes, SyncBatchNorm does wait). All randomness follows from the
+    seed and `it`: there is no random state to save.
     """
     G = state["G"]
     D = state["D"]
@@ -396,7 +397,7 @@ def train(args):
         save_now = first or last or stop_now or fid_now or it % args.save_every == 0
         log_now = first or last or stop_now or fid_now or it % args.log_every == 0
 
-        # nothing above waits for a GPU to finish, everything below does
+        # nothing above waits for the GPU (SyncBatchNorm aside), everything below does
         if log_now or save_now or sample_now:
             losses = read_losses(losses, it, state, args)
         if run:
@@ -640,8 +641,8 @@ def fail(message, everywhere=True):
 
 def is_out_of_memory(error):
     """Whether an exception means that a device, or the machine, has too little memory."""
-    # words in the messages of NumPy, the CPU, CUDA, cuDNN (the last two) and MPS
-    words = ("allocate", "out of memory", "ALLOC_FAILED", "unable to find an engine")
+    # words in the messages of NumPy, the CPU, CUDA, NCCL, MPS, and cuDNN (the last two)
+    words = ("alloc", "ALLOC", "out of memory", "find an engine", "execution plans")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
@@ -697,8 +698,9 @@ def choose_precision(device):
     return "bf16" if bf16 else "fp32"
 
 
-def configure_cudnn():
+def configure_cuda():
     """All images are the same size, so cuDNN may time its algorithms. fp32 means fp32, not TF32."""
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers change the default
     cudnn = torch.backends.cudnn
     cudnn.benchmark = True
     if hasattr(cudnn, "conv"):  # since torch 2.9, which warns about the older switch for TF32
@@ -913,7 +915,7 @@ def main():
     if args.out is None:
         args.out = f"runs/{SCRIPT}-{args.img_size}"
     check_device(args)
-    configure_cudnn()
+    configure_cuda()
     if args.precision == "auto":
         args.precision = choose_precision(args.device)
 
