@@ -110,7 +110,7 @@ class Batches:
             free, _ = torch.cuda.mem_get_info(self.device)
             if images.nbytes > free / 2:
                 self.fetch = self.from_thread
-                # To pin memory opens the thread's current GPU. In a new thread it is the first one.
+                # Pinned memory opens the thread's current GPU: in a new thread, the first one.
                 gpu = torch.empty(0, device=self.device).device
                 self.thread = ThreadPoolExecutor(
                     1, initializer=torch.cuda.set_device, initargs=(gpu,)

@@ -182,7 +182,7 @@ def test_supremum_of_the_potential(power, lam, d):
 
 
 def test_optimal_discriminator(capsys):
-    """On five atoms the best T is lambda d (a - b) / (a + b), and its value the divergence."""
+    """On five points the best T is lambda d (a - b) / (a + b), and its value the divergence."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(5, 2)))
     p = torch.from_numpy(rng.dirichlet(np.ones(5)))
@@ -208,7 +208,7 @@ def test_optimal_discriminator(capsys):
     error = ((T - T.T).detach()[off] - best).abs().max().item()
     with capsys.disabled():
         found = f"{best.min():.2f} to {best.max():.2f}, found within {error:.0e}"
-        print(f"\n\nbest delta on five atoms: {found}")
+        print(f"\n\nbest delta on five points: {found}")
     assert error < 1e-6
     divergence = (5 * d * (a - b) ** 2 / (a + b))[off].sum().item() / 2
     assert -loss().item() == pytest.approx(divergence, rel=1e-6)
@@ -1348,7 +1348,7 @@ def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
     ],
 )
 def test_variants(script, flags, cli, tmp_path):
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # as NVIDIA's containers do
     assert cli(script, *TINY, *flags, "--iters", 2, "--out", tmp_path)[0] == 0
     assert torch.get_float32_matmul_precision() == "highest"  # fp32 means fp32
     cudnn = torch.backends.cudnn
