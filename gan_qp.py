@@ -536,6 +536,8 @@ def restore(args, state):
             if new != old and name not in MAY_CHANGE:
                 flag = "--" + name.replace("_", "-")
                 fail(f"{flag} {new} does not match the run in {args.out}, which has {flag} {old}")
+        if checkpoint["iter"] > args.iters:
+            fail(f"the run in {args.out} is at iteration {checkpoint['iter']}: raise --iters")
         if (args.device == "mps") != (old_args["device"] == "mps"):
             fail("a run can move neither to mps nor away from it: Adam's state differs there")
         for name, part in state.items():
@@ -843,14 +845,13 @@ def parse_args():
 
 
 def main():
-    rank, world = read_processes()
     args = parse_args()
-    args.rank = rank
-    args.world = world
+    args.rank, args.world = read_processes()
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
-    if args.batch_size < 2 * world:
-        fail(f"--batch-size must be at least {2 * world}: batch norm needs two images a process")
+    fewest = 2 * args.world
+    if args.batch_size < fewest:
+        fail(f"--batch-size must be at least {fewest}: batch norm needs two images a process")
     if args.out is None and args.sample:
         args.out = f"{args.sample}-seed{args.seed}.png"
     if args.out is None:
@@ -861,11 +862,11 @@ def main():
         args.precision = choose_precision(args.device)
 
     try:
-        if args.sample and world == 1:
+        if args.sample and args.world == 1:
             sample(args)
         elif args.sample:
             fail("--sample needs one process only: start it without torchrun")
-        elif rank > 0:
+        elif args.rank > 0:
             train(args)
         else:
             with data.file_lock(Path(args.out) / ".lock", wait=False):

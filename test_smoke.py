@@ -1306,6 +1306,7 @@ def test_a_run_its_samples_and_its_resumption(script, cli, tmp_path):
         file.write('{"iter": 6, "d_lo')  # torn
     assert cli(script, *flags, "--iters", 7, "--out", split, "--resume")[0] == 0
     assert cli(script, *flags, "--iters", 7, "--out", split, "--resume")[0] == 0  # at its end
+    refused(cli(script, *flags, "--iters", 6, "--out", split, "--resume"), "iteration 7", "--iters")
     assert_same(weights(whole / "last.pt"), weights(split / "last.pt"))
     assert [row["iter"] for row in log_of(split)] == [1, 2, 4, 5, 6, 7]
 
