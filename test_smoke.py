@@ -37,8 +37,20 @@ HERE = Path(__file__).parent
 SCRIPTS = ["gan_qp", "wgan_gp", "sgan_sn"]
 MODULES = [gan_qp, wgan_gp, sgan_sn]
 TINY = [
-    "--data", "synthetic:12", "--img-size", "16", "--batch-size", "4", "--max-channels", "8",
-    "--z-dim", "8", "--device", "cpu", "--precision", "fp32",
+    "--data",
+    "synthetic:12",
+    "--img-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--max-channels",
+    "8",
+    "--z-dim",
+    "8",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
 ]
 
 
@@ -191,7 +203,10 @@ def test_optimal_discriminator(capsys):
     off = ~torch.eye(5, dtype=torch.bool)
     T = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [T], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12,
+        [T],
+        max_iter=500,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-12,
         tolerance_change=1e-16,
     )
 
@@ -523,9 +538,18 @@ def test_scores_in_full_precision_under_autocast():
 
 # Top-level definitions in which the scripts differ, and lines of the others that may differ.
 OWN = {
-    "Discriminator", "qp_divergence", "score_difference", "js_divergence", "autograd_gradient",
-    "gradient_norm", "gradient_penalty", "divergence_penalty", "constraint_penalty",
-    "clip_weights", "discriminator_loss", "generator_loss",
+    "Discriminator",
+    "qp_divergence",
+    "score_difference",
+    "js_divergence",
+    "autograd_gradient",
+    "gradient_norm",
+    "gradient_penalty",
+    "divergence_penalty",
+    "constraint_penalty",
+    "clip_weights",
+    "discriminator_loss",
+    "generator_loss",
 }
 OWN_LINES = [
     "d_loss, divergence, lipschitz = discriminator_loss(",
@@ -874,8 +898,10 @@ def test_metadata_that_cannot_be_written_again_turns_an_image(tmp_path, monkeypa
     assert image[:3].min() > 245 and image[5:].max() < 10
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
-                                  "CMYK", "YCbCr", "HSV", "LAB"])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"],
+)
 def test_every_mode_of_a_pil_image(mode):
     by_way = {"La": "LA", "PA": "LA", "RGBa": "RGBA", "LAB": "RGB"}.get(mode, mode)
     white = Image.new("RGB", (20, 10), "white").convert("L" if by_way in "LA" else "RGB")
@@ -971,7 +997,7 @@ def test_sources_that_do_not_work(tmp_path, cli):
     locked = (tmp_path / "locked.zip").read_bytes()
     for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # set the flag that says: encrypted
         at = locked.index(mark) + offset
-        locked = locked[:at] + b"\1" + locked[at + 1:]
+        locked = locked[:at] + b"\1" + locked[at + 1 :]
     (tmp_path / "locked.zip").write_bytes(locked)
     for source, word in (
         ("synthetic:0", "synthetic:N"),
@@ -1143,7 +1169,7 @@ def test_batches():
 
     sequence = sum((label(batches[k]) for k in range(10)), [])
     for epoch in range(4):
-        assert sorted(sequence[10 * epoch:10 * epoch + 10]) == list(range(10))  # no repeats
+        assert sorted(sequence[10 * epoch : 10 * epoch + 10]) == list(range(10))  # no repeats
     assert sequence[:10] != sequence[10:20]
     assert label(data.Batches(images, 4, "cpu", seed=3)[7]) == sequence[28:32]  # seekable
     assert label(data.Batches(images, 4, "cpu", seed=4)[0]) != sequence[:4]
@@ -1184,7 +1210,7 @@ def test_preparation_killed_and_twice_at_once(tmp_path):
     for _ in range(2):
         process = command("data", *flags)
         # until it is in the midst of it
-        while not any(file.stat().st_size > 10 ** 6 for file in tmp_path.glob("*.tmp")):
+        while not any(file.stat().st_size > 10**6 for file in tmp_path.glob("*.tmp")):
             time.sleep(0.01)
             assert process.poll() is None
         process.kill()
@@ -1253,8 +1279,10 @@ def test_grids_of_every_format(extension, tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("name", ["samples", "a.b/samples", "x.txt", "x.heic", "x.icns",
-                                  "x.xbm", "x.h5", "x.mpg", "x.tmp", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["samples", "a.b/samples", "x.txt", "x.heic", "x.icns", "x.xbm", "x.h5", "x.mpg", "x.tmp", ""],
+)
 def test_names_that_are_no_pictures(name):
     assert not data.is_picture_name(name)
 
@@ -1455,13 +1483,16 @@ def test_out_of_memory_and_another_try(cli, tmp_path):
     assert cli("gan_qp", *TINY, "--iters", 1, *out)[0] == 0
 
 
-@pytest.mark.parametrize("words", [
-    "CUDA out of memory. Tried to allocate 2.00 GiB",
-    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "GET was unable to find an engine to execute this computation",
-    "No valid execution plans built.",
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "No valid execution plans built.",
+    ],
+)
 def test_words_for_out_of_memory(words, cli, monkeypatch, tmp_path):
     """One line for what NVIDIA's libraries say when a GPU is full."""
 
@@ -1940,7 +1971,7 @@ def test_statistics_of_batches_are_those_of_the_whole():
     one = fid.FeatureStats(64)
     two = fid.FeatureStats(64)
     for i in range(0, 300, 70):
-        (one if i < 140 else two).update(torch.from_numpy(features[i:i + 70]).float())
+        (one if i < 140 else two).update(torch.from_numpy(features[i : i + 70]).float())
     one.merge(two)
     assert one.n == 300
     np.testing.assert_allclose(one.mean, features.mean(0), rtol=1e-5, atol=1e-5)
@@ -2044,8 +2075,10 @@ def test_features_and_distance_are_those_of_pytorch_fid(
     value, our_root = timed(fid.frechet_distance, *statistics)
     assert value == pytest.approx(expected, rel=1e-3)
     with capsys.disabled():
-        print(f"\nfeatures: {24 / our_time:.1f} images/s (pytorch-fid {24 / their_time:.1f}); "
-              f"distance in {our_root:.1f} s ({their_root:.1f} s)")
+        print(
+            f"\nfeatures: {24 / our_time:.1f} images/s (pytorch-fid {24 / their_time:.1f}); "
+            f"distance in {our_root:.1f} s ({their_root:.1f} s)"
+        )
 
     # Their statistics are read by us, and ours by them.
     own = ["--weights", inception_file, "--device", "cpu"]
@@ -2170,15 +2203,29 @@ def bad_sets(tmp_path, monkeypatch):
     Path("nothing").mkdir()
 
 
-@pytest.mark.parametrize("name, words", [
-    ("text.npz", "statistics"), ("empty.npz", "statistics"), ("single.npz", "statistics"),
-    ("objects.npz", "statistics"), ("other.npz", "holds mean, not"), ("shapes.npz", "(2, 2)"),
-    ("nan.npz", "not finite"), ("small.npz", "2 features"),
-    ("float.npy", "float64"), ("torn.npy", "not a valid"), ("text.npy", "not a valid"),
-    ("empty.npy", "not a valid"), ("text.zip", "not a valid"), ("empty.zip", "not a valid"),
-    ("text.txt", "not a folder"), ("missing", "does not exist"), ("", "empty"),
-    ("nothing", "no images"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("text.npz", "statistics"),
+        ("empty.npz", "statistics"),
+        ("single.npz", "statistics"),
+        ("objects.npz", "statistics"),
+        ("other.npz", "holds mean, not"),
+        ("shapes.npz", "(2, 2)"),
+        ("nan.npz", "not finite"),
+        ("small.npz", "2 features"),
+        ("float.npy", "float64"),
+        ("torn.npy", "not a valid"),
+        ("text.npy", "not a valid"),
+        ("empty.npy", "not a valid"),
+        ("text.zip", "not a valid"),
+        ("empty.zip", "not a valid"),
+        ("text.txt", "not a folder"),
+        ("missing", "does not exist"),
+        ("", "empty"),
+        ("nothing", "no images"),
+    ],
+)
 def test_set_that_cannot_be_used_is_refused_at_once(name, words, bad_sets, cli):
     refused(cli("fid", "set", name, "--weights", "none"), words)  # no network was asked for
 
@@ -2190,23 +2237,26 @@ def test_set_with_one_readable_image_is_refused(bad_sets, cli, inception_file):
     refused(cli("fid", "set", "set", *flags), "set holds 1 readable")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["a.npz"], "two sets"),
-    (["a.npz", "b.npz", "a.npz"], "two sets"),
-    (["a.npz", "small.npz"], "do not match"),
-    (["set", "set", "--save-stats", "new.npz"], "one set"),
-    (["a.npz", "--save-stats", "new.npz"], "a.npz holds statistics"),
-    (["set", "--save-stats", "a.npz"], "exists"),
-    (["set", "--save-stats", "missing/new.npz"], "cannot be written"),
-    (["set", "--save-stats", "text.txt/new.npz"], "cannot be written"),
-    (["set", "--save-stats", "new.npy"], "end in .npz"),
-    (["set", "--save-stats", ""], "empty"),
-    (["set", "set", "--weights", "missing.pth"], "missing.pth"),
-    (["a.npz", "b.npz", "--device", "cuda:99"], "--device"),
-    (["a.npz", "set", "--swd"], "a.npz holds statistics"),
-    (["set", "set", "--swd", "--clean"], "leave out"),
-    (["set", "--swd", "--save-stats", "new.npz"], "leave out"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["a.npz"], "two sets"),
+        (["a.npz", "b.npz", "a.npz"], "two sets"),
+        (["a.npz", "small.npz"], "do not match"),
+        (["set", "set", "--save-stats", "new.npz"], "one set"),
+        (["a.npz", "--save-stats", "new.npz"], "a.npz holds statistics"),
+        (["set", "--save-stats", "a.npz"], "exists"),
+        (["set", "--save-stats", "missing/new.npz"], "cannot be written"),
+        (["set", "--save-stats", "text.txt/new.npz"], "cannot be written"),
+        (["set", "--save-stats", "new.npy"], "end in .npz"),
+        (["set", "--save-stats", ""], "empty"),
+        (["set", "set", "--weights", "missing.pth"], "missing.pth"),
+        (["a.npz", "b.npz", "--device", "cuda:99"], "--device"),
+        (["a.npz", "set", "--swd"], "a.npz holds statistics"),
+        (["set", "set", "--swd", "--clean"], "leave out"),
+        (["set", "--swd", "--save-stats", "new.npz"], "leave out"),
+    ],
+)
 def test_flags_that_cannot_work_are_refused(flags, words, bad_sets, cli):
     refused(cli("fid", *flags), words)
     assert not Path("new.npz").exists()
@@ -2370,13 +2420,20 @@ def test_sets_that_swd_cannot_compare_are_refused(cli, tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((128, 16, 32, 3), np.uint8))
     save_noise(tmp_path / "mixed", 127, (16, 16))
     make_image(0, (32, 32)).save(tmp_path / "mixed" / "other.png")
-    cases = [("large.npy", "32 px"), ("few.npy", "128"), ("odd.npy", "24 x 24"),
-             ("tiny.npy", "8 x 8"), ("wide.npy", "32 x 16"), ("mixed", "other.png")]
+    cases = [
+        ("large.npy", "32 px"),
+        ("few.npy", "128"),
+        ("odd.npy", "24 x 24"),
+        ("tiny.npy", "8 x 8"),
+        ("wide.npy", "32 x 16"),
+        ("mixed", "other.png"),
+    ]
     for name, words in cases:
         refused(cli("fid", tmp_path / "a.npy", tmp_path / name, "--swd"), words)
 
 
 # ---------------------------------------------------------------- README
+
 
 def test_readme_snippets(tmp_path, monkeypatch):
     """The loss, and how to load a generator, as the README shows them."""
