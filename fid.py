@@ -61,7 +61,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
-    return max(0.0, float(distance))
+    return float(np.maximum(distance, 0))  # which keeps NaN
 
 
 class FeatureStats:
@@ -76,8 +76,10 @@ class FeatureStats:
         self.outer = np.zeros((dim, dim))
 
     def update(self, features):
-        """Add features (B, dim), a tensor or an array."""
+        """Add features (B, dim), a tensor or an array. Raises ValueError for another shape."""
         features = torch.as_tensor(features).detach().cpu().double().numpy()
+        if features.shape[1:] != self.total.shape:
+            raise ValueError(f"features {features.shape} are not (B, {len(self.total)})")
         self.n += len(features)
         self.total += features.sum(0)
         self.outer += features.T @ features
@@ -160,6 +162,8 @@ class Inception(nn.Module):
 
 def resize(images, clean=False):
     """uint8 (B, 3, H, W) -> what the network takes: float32 (B, 3, 299, 299), about [-1, 1]."""
+    if images.dtype != torch.uint8 or images.shape[1] != 3:
+        raise ValueError(f"images {images.dtype} {tuple(images.shape)} are not uint8 (B, 3, H, W)")
     images = images.float()
     if clean:  # Pillow's bicubic filter
         images = F.interpolate(images, (299, 299), mode="bicubic", antialias=True).clamp(0, 255)
@@ -198,7 +202,10 @@ def list_images(path):
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        images = np.load(path, mmap_mode="r")
+        try:
+            images = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
         return [(str(i), partial(np.array, image)) for i, image in enumerate(images)]
@@ -280,6 +287,8 @@ def save_stats(path, mu, sigma, clean):
 
 def load_stats(path, clean):
     """-> (mu, sigma). Raises ValueError for other files, and if images were resized otherwise."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole .npz file")
     with np.load(path) as file:
         arrays = dict(file)
     if not {"mu", "sigma"} <= arrays.keys():
@@ -447,7 +456,7 @@ def main():
     flag("--device", default=device, help="where the network runs (%(default)s)")
     try:
         compare(parser.parse_args())
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError) as error:
         parser.error(error)
 
 

@@ -437,7 +437,8 @@ def restore(state, checkpoint, args):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except RuntimeError as error:  # weights of another shape
-        raise ValueError(f"the run in {args.out} has other flags: {error}") from error
+        advice = "leave out the flags that shape them"
+        raise ValueError(f"the run in {args.out} has other networks: {advice}") from error
     for name in ("opt_G", "opt_D"):
         state[name].param_groups[0].update(lr=args.lr, betas=args.betas)
     return checkpoint["iter"]
@@ -553,6 +554,7 @@ def parse_args(parser):
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags], which -h lists",
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
