@@ -26,16 +26,15 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 CACHE_DIR = "~/.cache/gan-qp"
-SOURCES = "a folder, a .zip, torchvision:NAME, synthetic or synthetic:N"
-VERSION = 7  # raise it when a source gives other pixels than before: old arrays are then ignored
+SOURCES = "a folder, a valid .zip, torchvision:NAME, synthetic or synthetic:N"
+VERSION = 7  # raise it when a source gives different pixels: old arrays are then ignored
 
 
-# ------------------------------------------------------------------------ what to import
-
-
+# -------------------------------------------------------------------------------- what to import
 def load_images(source, img_size, cache_dir=None, quiet=False):
     """Prepare `source` at `img_size`, or find it prepared; return the images as one array.
 
@@ -117,7 +116,7 @@ class Batches:
         return np.concatenate(parts)
 
     def fetch(self, k):
-        """Batch k, uint8 (B, S, S, 3) on the device."""
+        """Batch k: uint8 (B, S, S, 3) on the device."""
         if self.resident is not None:
             indices = self.pin(self.indices(k))
             return self.resident[indices.to(self.device, non_blocking=True)]
@@ -140,9 +139,7 @@ def permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-# ------------------------------------------------------------------------------- sources
-
-
+# --------------------------------------------------------------------------------------- sources
 def open_source(source, cache_dir):
     """-> names, read, identity, others. Raises ValueError if there is no such source.
 
@@ -158,7 +155,7 @@ def open_source(source, cache_dir):
         return open_torchvision(rest, cache_dir)
     if source and Path(source).is_dir():
         images, read, identity, others = open_folder(Path(source).resolve())
-    elif source.lower().endswith(".zip") and Path(source).is_file():
+    elif zipfile.is_zipfile(source):
         images, read, identity, others = open_zip(source)
     else:
         raise ValueError(f"{source!r} is none of these: {SOURCES}")
@@ -173,11 +170,8 @@ def open_torchvision(name, cache_dir):
     except Exception as error:  # no such name, no network, a set that nobody may distribute
         advice = "download its images yourself, and name their folder"
         raise ValueError(f"torchvision:{name} is not available ({error}); {advice}") from error
-
-    def read(i, size):
-        return to_square(images[i][0], size)
-
-    return range(len(images)), read, f"torchvision:{name}", Counter()
+    source = f"torchvision:{name}"
+    return range(len(images)), lambda i, size: to_square(images[i][0], size), source, Counter()
 
 
 def open_folder(root):
@@ -186,19 +180,12 @@ def open_folder(root):
     images, others = choose_images(files)
     states = [path.stat() for _, path in images]
     identity = [str(root), [[state.st_size, state.st_mtime_ns] for state in states]]
-
-    def read(i, size):
-        return decode(images[i][1], size)
-
-    return images, read, identity, others
+    return images, lambda i, size: decode(images[i][1], size), identity, others
 
 
 def open_zip(path):
     """The images of a zip archive, which is read as it is and not unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a valid zip archive: {error}") from error
+    archive = zipfile.ZipFile(path)
     files = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
     images, others = choose_images(files)
 
@@ -244,7 +231,7 @@ def choose_images(files):
         else:
             images.append((name, file))
     if not images:
-        raise ValueError(f"no images there; other files: {dict(others)}")
+        raise ValueError(f"no images found; other files: {dict(others)}")
     return sorted(images, key=lambda image: image[0]), others
 
 
@@ -255,9 +242,7 @@ def check_outside(folder, source):
         raise ValueError(f"{folder} lies inside {source}, so {reason}: name a folder outside it")
 
 
-# ----------------------------------------------------------------------------- one image
-
-
+# ------------------------------------------------------------------------------------- one image
 def decode(file, size):
     """An image file (path or file object) -> `to_square` of it, or of its first frame."""
     with Image.open(file) as image:
@@ -297,10 +282,15 @@ def to_square(image, size):
 def to_eight_bits(image):
     """16-bit grey -> 8-bit grey; 8-bit images as they are. Raises ValueError for all others."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    bits, photometric, sample_format = tags.get(258, (16,)), tags.get(262), tags.get(339, ())
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    odd = sixteen and (bits != (16,) or photometric == 0)  # 12 bits, or white is zero
-    if odd or {2, 3} & set(sample_format) or (image.mode in ("I", "F") and not sixteen):
+    unsupported = image.mode in ("I", "F") and not sixteen
+    if {2, 3} & set(tags.get(SAMPLEFORMAT, ())):  # signed or float
+        unsupported = True
+    if sixteen and (
+        tags.get(BITSPERSAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+    ):
+        unsupported = True  # 12 bits, or white is zero
+    if unsupported:
         raise ValueError("its pixels are float, 32-bit, signed or inverted: convert it to 8 bits")
     if not sixteen:
         return image
@@ -322,9 +312,7 @@ def srgb_transform(profile, mode):
         return None
 
 
-# --------------------------------------------------------------------------- preparation
-
-
+# ----------------------------------------------------------------------------------- preparation
 def prepare(names, read, size, path, quiet):
     """Write the images of a source into the array `path`; name those that cannot be read."""
 
@@ -344,7 +332,7 @@ def prepare(names, read, size, path, quiet):
     with atomic_write(path, os.getpid()) as beside, open(beside, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         with ThreadPoolExecutor() as pool:
-            for i in range(0, len(names), 256):  # limits what waits in memory
+            for i in range(0, len(names), 256):  # bounds the memory
                 part = range(i, min(i + 256, len(names)))
                 for j, result in zip(part, pool.map(read_bytes, part), strict=True):
                     if isinstance(result, bytes):
@@ -354,7 +342,7 @@ def prepare(names, read, size, path, quiet):
                         print(f"  skipped {names[j]}: {result!r}", flush=True)
         if count == 0:
             raise ValueError(f"none of {len(names):,} images can be read: {result!r}")
-        # numpy pads a header, so that its length stays the same
+        # numpy pads headers to one length, so this one replaces the first exactly
         header["shape"] = (count, size, size, 3)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header)
@@ -372,9 +360,7 @@ def atomic_write(path, tag="tmp"):
         beside.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------ pictures
-
-
+# -------------------------------------------------------------------------------------- pictures
 def evenly_spaced(images, n):
     """n of the images (N, S, S, 3), or all if they are fewer -> tensor (n, 3, S, S)."""
     places = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
@@ -387,9 +373,7 @@ def save_grid(images, path, columns):
         torchvision.utils.save_image(images / 255, beside, nrow=columns)
 
 
-# -------------------------------------------------------------------------- command line
-
-
+# ---------------------------------------------------------------------------------- command line
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     parser = argparse.ArgumentParser(
@@ -412,8 +396,7 @@ def main():
     print(f"array   {images.filename}\npreview {preview}")
 
 
-# --------------------------------------------------------------------------- drawn faces
-
+# ----------------------------------------------------------------------------------- drawn faces
 WALLS = ["#cdd2dc", "#8ca5c8", "#829682", "#c3af96", "#697387"]
 SKINS = ["#ffdbbe", "#f1c29b", "#e0ac78", "#c68650", "#8d5532", "#603c28"]
 HAIRS = ["#1e1816", "#462d1e", "#734b28", "#be9650", "#8c3c1e", "#aaaaaa"]

@@ -39,14 +39,12 @@ WEIGHTS_URL = (
 )
 
 
-# -------------------------------------------------------------------------- the distance
-
-
+# ---------------------------------------------------------------------------------- the distance
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), between two Gaussians.
 
     mu: (D,), sigma: (D, D), symmetric and positive semi-definite. Returns a float, not negative,
-    computed in float64. Raises ValueError for shapes that differ and for values not finite.
+    computed in float64. Raises ValueError for shapes that differ.
 
     With sigma1 = R R^T, the product sigma1 sigma2 has the eigenvalues of the symmetric matrix
     R^T sigma2 R. So the trace needs no matrix square root, is right for singular covariances too,
@@ -97,9 +95,7 @@ class FeatureStats:
         return (self.outer - np.outer(self.mean, self.total)) / (self.n - 1)
 
 
-# --------------------------------------------------------------------------- the network
-
-
+# ----------------------------------------------------------------------------------- the network
 class LeaveOutPadding(nn.Module):
     """Turns averages over 3x3 that count the zero padding into averages that do not.
 
@@ -179,21 +175,19 @@ def load_inception(weights=None, device="cpu"):
     """
     try:
         if weights is None:
-            state = torch.hub.load_state_dict_from_url(
-                WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True
-            )
+            options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, **options)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        return Inception(state).to(device)
+        inception = Inception(state)
     except Exception as error:  # no network, no file, a torn one, other weights, or code in it
         reason = " ".join(str(error).split())[:200]
         advice = f"get {WEIGHTS_URL} and name the file with --weights (in training --fid-weights)"
         raise ValueError(f"no Inception weights ({reason}): {advice}") from error
+    return inception.to(device)
 
 
-# ------------------------------------------------------------------------ sets of images
-
-
+# -------------------------------------------------------------------------------- sets of images
 def list_images(path):
     """A folder, a .zip or an .npy array -> list of (name, read); read() -> uint8 (H, W, 3).
 
@@ -217,7 +211,7 @@ def list_images(path):
         found = [entry for entry in archive.infolist() if not entry.is_dir()]
         files = [(Path(entry.filename), partial(decode_entry, archive, entry)) for entry in found]
     else:
-        raise ValueError(f"{path} is not a folder, a whole .zip, an .npy or an .npz file")
+        raise ValueError(f"{path} is not a folder, a valid .zip, an .npy or an .npz file")
 
     images = []
     others = Counter()
@@ -260,18 +254,17 @@ def read_all(images, batch_size):
             yield [image for image in batch if image is not None]
 
 
-# -------------------------------------------------------------------- statistics of a set
-
-
+# --------------------------------------------------------------------------- statistics of a set
 def measure(images, inception, clean=False):
     """What `list_images` returned -> mean (2048,) and covariance (2048, 2048) of the features."""
     stats = FeatureStats()
     for batch in read_all(images, 50):
-        small = [torch.empty(0, 3, 299, 299, device=inception.device())]
-        for image in batch:  # one by one: they may be large, and of different sizes
+        small = []  # resized one by one: they may be large, and of different sizes
+        for image in batch:
             pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
             small.append(resize(pixels.to(inception.device()), clean))
-        stats.update(inception.features(torch.cat(small)))
+        if small:
+            stats.update(inception.features(torch.cat(small)))
     if stats.n < 2048:  # the covariance is singular, and the FID mostly bias
         print(f"warning: an FID of only {stats.n:,} images is not reliable", file=sys.stderr)
     return stats.mean, stats.cov
@@ -286,9 +279,9 @@ def save_stats(path, mu, sigma, clean):
 
 
 def load_stats(path, clean):
-    """-> (mu, sigma). Raises ValueError for other files, and if images were resized otherwise."""
+    """-> (mu, sigma). Raises ValueError for other files, and if images were resized differently."""
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole .npz file")
+        raise ValueError(f"{path} is not a valid .npz file")
     with np.load(path) as file:
         arrays = dict(file)
     if not {"mu", "sigma"} <= arrays.keys():
@@ -300,9 +293,7 @@ def load_stats(path, clean):
     return arrays["mu"], arrays["sigma"]
 
 
-# ------------------------------------------------------------ sliced Wasserstein distance
-
-
+# ------------------------------------------------------------------- sliced Wasserstein distance
 def blur(images, stride=1):
     """Filter each channel of (B, 3, S, S) with the 5x5 binomial kernel; the edges are mirrored."""
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
@@ -341,8 +332,9 @@ def patches_by_level(images):
     Raises ValueError unless all are squares of one size, a power of two from 16 px on.
     """
     levels = defaultdict(list)
-    size = len(images[0][1]())
-    for batch in read_all(images, 8):  # few at once, for they may be large
+    for i in range(0, len(images), 8):  # few at once, for they may be large
+        batch = [read() for _, read in images[i : i + 8]]
+        size = max(levels, default=len(batch[0]))  # of the first image
         if {image.shape for image in batch} != {(size, size, 3)} or size < 16 or size & (size - 1):
             raise ValueError("--swd needs squares of one size, a power of two from 16 on")
         pixels = np.stack(batch)
@@ -391,10 +383,9 @@ def compare_by_level(first, second):
     for images in (first, second):
         places = np.linspace(0, len(images) - 1, count).astype(int)
         levels.append(patches_by_level([images[i] for i in places]))
-    if levels[0].keys() != levels[1].keys():
-        raise ValueError(
-            f"--swd needs images of one size, not {max(levels[0])} and {max(levels[1])}"
-        )
+    sizes = [max(level) for level in levels]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"--swd needs images of one size, not {sizes[0]} and {sizes[1]}")
     distances = {}
     for size in levels[0]:
         a, b = (normalise_channels(level[size]) for level in levels)
@@ -402,9 +393,7 @@ def compare_by_level(first, second):
     return distances
 
 
-# -------------------------------------------------------------------------- command line
-
-
+# ---------------------------------------------------------------------------------- command line
 def statistics(path, args):
     """A set of images, or a file of statistics -> (mu, sigma)."""
     if path.suffix.lower() == ".npz":
@@ -417,7 +406,7 @@ def compare(args):
     """Do what the command line says."""
     if len(args.sets) != (1 if args.save_stats else 2):
         raise ValueError("give two sets to compare, or one set and --save-stats FILE.npz")
-    for path in args.sets:
+    for path in args.sets:  # before the first one is measured
         if not path.exists():
             raise ValueError(f"{path} does not exist")
     if args.save_stats:
@@ -433,27 +422,19 @@ def compare(args):
 
 
 def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(
         description="Compare two sets of images: the Frechet Inception Distance.",
         epilog="Pixels are read as pytorch-fid reads them, without colour profiles, orientation or "
         "transparency. For the images that a training run sees, name the .npy of data.py.",
     )
     flag = parser.add_argument
-    flag(
-        "sets",
-        nargs="+",
-        type=Path,
-        metavar="SET",
-        help="a folder, .zip, .npy, or .npz (statistics)",
-    )
+    flag("sets", nargs="+", type=Path, metavar="SET", help="folder, .zip, .npy or .npz")
     flag("--save-stats", type=Path, metavar="NPZ", help="write the statistics of the only SET")
     flag("--clean", action="store_true", help="resize images as clean-fid does")
-    flag(
-        "--swd", action="store_true", help="sliced Wasserstein distance x 1,000 by level, and mean"
-    )
+    flag("--swd", action="store_true", help="sliced Wasserstein distance x 1,000, by level")
     flag("--weights", help="file of Inception weights (downloaded)")
-    flag("--device", default=device, help="where the network runs (%(default)s)")
+    flag("--device", choices=devices, default=devices[0], help="where the network runs")
     try:
         compare(parser.parse_args())
     except (ValueError, OSError) as error:

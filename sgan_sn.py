@@ -45,9 +45,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, which writes it as momentum 0.99
 
 
-# ------------------------------------------------------------------------------- networks
-
-
+# -------------------------------------------------------------------------------------- networks
 def layer_widths(img_size, max_channels=2048):
     """Channels of the hidden layers, from narrow to wide: [64, 128, 256, 512, 1024] at 128 px.
 
@@ -122,21 +120,19 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         features = self.layers(x).permute(0, 2, 3, 1).flatten(1)
-        with torch.autocast(x.device.type, enabled=False):  # scores are subtracted: full precision
+        with torch.autocast(x.device.type, enabled=False):  # fp32: scores are subtracted
             return self.linear(features.to(x.dtype)).squeeze(1)
 
 
-# -------------------------------------------------------------------------- the divergence
-
-
+# -------------------------------------------------------------------------------- the divergence
 def pair_distance(x_real, x_fake, metric="l1"):
     """Distance of the two images of each pair: (B, ...), (B, ...) -> (B,).
 
     metric: "l1", the mean absolute difference, or "l2", the root of the mean square.
-    Raises ValueError for shapes that differ and for another metric.
+    Raises ValueError for shapes that differ.
     """
     if x_real.shape != x_fake.shape:
-        raise ValueError(f"images {tuple(x_real.shape)} and {tuple(x_fake.shape)} are no pairs")
+        raise ValueError(f"images {tuple(x_real.shape)} and {tuple(x_fake.shape)} are not pairs")
     difference = (x_real - x_fake).flatten(1)
     if metric == "l1":
         return difference.abs().mean(1)
@@ -169,9 +165,7 @@ def generator_loss(D, x_real, x_fake, args):
     return F.softplus(-D(x_fake)).mean()
 
 
-# -------------------------------------------------------------------------------- training
-
-
+# -------------------------------------------------------------------------------------- training
 def train_iteration(it, state, batches, args):
     """Iteration `it` (from 1): args.d_steps discriminator updates, then one generator update.
 
@@ -181,7 +175,7 @@ def train_iteration(it, state, batches, args):
     G = state["G"]
     D = state["D"]
     device = batches.device
-    first = (it - 1) * (args.d_steps + 1)  # batch of this iteration
+    first = (it - 1) * (args.d_steps + 1)  # number of its first batch
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # all randomness follows from the seed and `it`, so that a run can be resumed exactly
@@ -197,14 +191,14 @@ def train_iteration(it, state, batches, args):
         update(state["opt_D"], d_loss)
 
     # generator: make images that score like real ones
-    D.requires_grad_(False)  # its gradients would be computed for nothing
+    D.requires_grad_(False)  # its gradients would be wasted work
     x_real = batches[first + args.d_steps]  # only a discriminator of pairs looks at it
     with amp:
         g_loss = generator_loss(D, x_real, G(draw_noise(args, device)), args)
     update(state["opt_G"], g_loss)
     D.requires_grad_(True)
 
-    # average of the generator's weights; as in Adam, the initial ones have no share in it
+    # average of the generator's weights; bias-corrected, so that the initial ones do not count
     if args.ema:
         share = (1 - args.ema) / (1 - args.ema**it)
         for average, weight in zip(state["G_ema"].parameters(), G.parameters(), strict=True):
@@ -231,13 +225,13 @@ def update(optimizer, loss):
 
 
 def build(args, device):
-    """-> the state of a new run. Without --ema, G_ema is G itself."""
+    """Returns the state of a new run. Without --ema, G_ema is G itself."""
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=not args.no_sn)
     G_ema = copy.deepcopy(G) if args.ema else G
     if WORLD > 1 and device.type == "cuda":
-        # in place; an average keeps its own batch norm, since the first process runs it alone
+        # in place; a G_ema of its own stays as it is, since the first process runs it alone
         nn.SyncBatchNorm.convert_sync_batchnorm(G)
         nn.SyncBatchNorm.convert_sync_batchnorm(D)
     for network in (G, D, G_ema):
@@ -245,7 +239,7 @@ def build(args, device):
     adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": True}  # Keras' epsilon
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
-    return {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
+    return {"G_ema": G_ema, "G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
 
 
 def train(args, checkpoint):
@@ -270,28 +264,27 @@ def train(args, checkpoint):
     batches = data.Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
     run = Run(args, state, images, checkpoint) if RANK == 0 else None
     every = {"log": args.log_every, "grid": args.sample_every, "save": args.save_every}
-    if args.fid_every:
-        every["fid"] = args.fid_every
+    every["fid"] = args.fid_every
     signals = catch_signals()
 
     for it in range(done + 1, args.iters + 1):
         losses = train_iteration(it, state, batches, args)
 
-        due = {what for what, n in every.items() if it % n == 0 or it == args.iters}
+        due = {what for what, n in every.items() if n and (it % n == 0 or it == args.iters)}
         if it == done + 1:
             due.add("log")
         if it == 100:
             due.add("grid")
-        if not due and not (signals and WORLD == 1):  # several processes agree to stop at a row
+        if not due and (WORLD > 1 or not signals):  # several processes can only stop together
             continue
 
-        # nothing above waits for the GPU, everything below does
+        # up to here nothing waits for the GPU
         values = torch.stack([*losses.values(), torch.tensor(float(len(signals)), device=device)])
         if WORLD > 1:
             torch.distributed.all_reduce(values)
             values /= WORLD
-        weights = sum(weight.sum() for weight in state["G"].parameters())
-        if not (values.sum() + weights).isfinite():
+        total = values.sum() + sum(weight.sum() for weight in state["G"].parameters())
+        if not total.isfinite():
             raise ValueError("the loss is not finite: go on with --resume and a lower --lr")
         *values, stop = values.tolist()
         if run:
@@ -315,19 +308,17 @@ def catch_signals():
         if WORLD == 1:  # torchrun sends again what its processes have from the terminal
             signal.signal(number, signal.SIG_DFL)  # so that a second one ends at once
 
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
             signal.signal(number, catch)
     return signals
 
 
-# ------------------------------------------------------------------------- the run's folder
-
-
+# ------------------------------------------------------------------------------ the run's folder
 class Run:
     """What a run writes into its folder: log, sample grids, FID and checkpoints.
 
-    It only watches: nothing here changes the training. The first process alone has one.
+    Nothing here changes the training. The first process alone has one.
     """
 
     def __init__(self, args, state, images, checkpoint):
@@ -335,7 +326,7 @@ class Run:
         self.state = state
         self.out = Path(args.out)
         self.log = checkpoint["log"] if checkpoint else []
-        self.it = checkpoint["iter"] if checkpoint else 0
+        self.logged_it = checkpoint["iter"] if checkpoint else 0
         self.columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
 
         # the same noise for all grids, for FID, and for the average's batch norm
@@ -347,7 +338,7 @@ class Run:
             self.real_stats = fid.measure(fid.list_images(images.filename), self.inception)
 
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        device_name = torch.cuda.get_device_name() if self.z.is_cuda else platform.processor()
+        device_name = torch.cuda.get_device_name() if self.z.is_cuda else platform.machine()
         head = {**vars(args), "python": platform.python_version(), "device_name": device_name}
         head |= {module.__name__: module.__version__ for module in (torch, torchvision)}
         (self.out / "args.json").write_text(json.dumps(head, indent=1))
@@ -370,32 +361,31 @@ class Run:
                 data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
             if due & {"log", "fid"}:
                 self.write_row(it, losses, "fid" in due)
-        except OSError:  # a network drive's, say: it must not cost what was trained
+        except OSError:  # of a network drive, say: it must not cost what was trained
             self.save(it, "last.pt")
             raise
         if due & {"save", "fid"}:
             self.save(it, "last.pt")
 
     def write_row(self, it, losses, measure_fid):
-        """Add a row to the log and print it. `sec` is the time of training, without that of FID."""
+        """Add a row to the log and print it. `sec` counts the run's time, but not that of FID."""
         sec = time.perf_counter() - self.clock
         before = self.log[-1]["sec"] if self.log else 0.0
-        images = (it - self.it) * self.args.d_steps * self.args.batch_size
+        images = (it - self.logged_it) * self.args.d_steps * self.args.batch_size
         row = {"iter": it, **losses, "sec": before + sec, "img_per_sec": images / sec}
-        best = measure_fid
+        best = min((old["fid"] for old in self.log if "fid" in old), default=math.inf)
+        self.log.append(row)
         if measure_fid:
             stats = fid.FeatureStats()
             for z in self.z[: self.args.fid_samples].split(64):
                 stats.update(self.inception(generate(self.state["G_ema"], z)))
             row["fid"] = fid.frechet_distance(stats.mean, stats.cov, *self.real_stats)
-            best = all(row["fid"] < old.get("fid", math.inf) for old in self.log)
-        self.log.append(row)
-        if best:
-            self.save(it, "best.pt")
+            if row["fid"] < best:
+                self.save(it, "best.pt")
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
-        self.it = it
+        self.logged_it = it
         self.clock = time.perf_counter()
 
     def save(self, it, name):
@@ -407,13 +397,13 @@ class Run:
             torch.save(checkpoint, beside)
 
     def finish(self):
-        """Say how the run ended. If it has reached its end, animate at most 50 of its grids."""
-        if self.it < self.args.iters:
-            print(f"stopped and saved at iteration {self.it}; add --resume to continue")
+        """Report how the run ended. At its last iteration, animate at most 50 of its grids."""
+        if self.logged_it < self.args.iters:
+            print(f"stopped and saved at iteration {self.logged_it}; add --resume to continue")
             return
-        paths = sorted(self.out.glob("samples/[0-9]*.png"), key=lambda path: int(path.stem))
-        paths = paths[:: -(len(paths) // 50 + 1)][::-1]  # with the last one
-        frames = [Image.open(path).convert("RGB").resize((600, 600)) for path in paths]
+        paths = sorted(self.out.glob("samples/[0-9]*[0-9].png"), key=lambda path: int(path.stem))
+        paths = paths[-1 :: -(1 + len(paths) // 51)]  # the last one first
+        frames = [Image.open(path).convert("RGB").resize((600, 600)) for path in reversed(paths)]
         with data.atomic_write(self.out / "progress.gif") as gif:
             frames[0].save(gif, save_all=True, append_images=frames[1:], duration=150, loop=0)
         print(f"done: samples and progress.gif are in {self.out}, the weights in last.pt there")
@@ -432,7 +422,7 @@ def load_checkpoint(path):
 
 
 def restore(state, checkpoint, args):
-    """Load the state from a checkpoint, but --lr and --betas from args -> its iteration."""
+    """Load all but --lr and --betas from a checkpoint into the state -> its iteration."""
     try:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
@@ -444,9 +434,7 @@ def restore(state, checkpoint, args):
     return checkpoint["iter"]
 
 
-# -------------------------------------------------------------------------------- sampling
-
-
+# -------------------------------------------------------------------------------------- sampling
 @torch.no_grad()
 def generate(G, z):
     """Noise (N, z_dim) -> uint8 images (N, 3, S, S), in evaluation mode and without autocast."""
@@ -476,7 +464,7 @@ def sample(args):
         angle = torch.linspace(0, math.pi / 2, columns)[:, None]
         z = (angle.cos() * start + angle.sin() * goal).flatten(0, 1)[: args.num_samples]
 
-    out = Path(args.out)
+    out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
     if out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
         data.save_grid(generate(G, z.to(args.device)), out, columns)
@@ -488,12 +476,10 @@ def sample(args):
     print(f"{len(z)} images in {out}")
 
 
-# ------------------------------------------------------------------------- the command line
-
-
+# ------------------------------------------------------------------------------ the command line
 def parse_args(parser):
     """-> the flags, and the checkpoint that --resume continues, or None."""
-    cuda = torch.cuda.is_available()
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     flag = parser.add_argument
     flag("--data", default="synthetic", help=data.SOURCES)
     flag("--img-size", type=int, default=128, help="a power of two from 16 to 1024")
@@ -501,15 +487,15 @@ def parse_args(parser):
     flag("--cache-dir", default=data.CACHE_DIR, help="folder for prepared images")
     flag("--no-sn", action="store_true", help="plain SGAN: batch norm, no spectral normalisation")
     flag("--iters", type=int, default=100000, help="generator updates")
-    flag("--d-steps", type=int, default=1, help="discriminator updates for each of those")
+    flag("--d-steps", type=int, default=1, help="discriminator updates for each generator update")
     flag("--batch-size", type=int, help="over all processes (64, from 512 px on 32)")
     flag("--lr", type=float, default=2e-4, help="learning rate of Adam")
     flag("--betas", type=float, nargs=2, default=[0.5, 0.999], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
-    flag("--max-channels", type=int, default=2048, help="of the widest layer, at most")
+    flag("--max-channels", type=int, default=2048, help="upper limit on the channels of a layer")
     flag("--ema", type=float, default=0.0, help="decay of an averaged generator (0: off)")
     flag("--seed", type=int, default=0, help="random seed")
-    flag("--device", choices=["cuda", "cpu"], default="cuda" if cuda else "cpu", help="to train on")
+    flag("--device", choices=devices, default=devices[0], help="where to run")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on CUDA")
     flag("--out", help="folder of the run (runs/SCRIPT-SIZE); with --sample a picture or a folder")
     flag("--resume", action="store_true", help="continue the run in --out with its flags, or start")
@@ -518,34 +504,31 @@ def parse_args(parser):
     flag("--save-every", type=int, default=1000, help="iterations between saves")
     flag("--fid-every", type=int, default=0, help="iterations between FIDs (0: off)")
     flag("--fid-samples", type=int, default=10000, help="generated images for each FID")
-    flag("--fid-weights", help="file of Inception weights (downloaded)")
+    flag("--fid-weights", help="file of Inception weights (default: download them)")
     flag("--sample", metavar="CKPT", help="do not train, but write images from this checkpoint")
     flag("--num-samples", type=int, default=64, help="how many images")
     flag("--interpolate", action="store_true", help="rows from one noise to another")
     args = parser.parse_args()
 
     checkpoint = None
-    if args.sample is not None:
-        out = args.out or f"{args.sample}-seed{args.seed}.png"
-    else:
-        out = args.out or f"runs/{SCRIPT}-{args.img_size}"
-        last = Path(out, "last.pt")
+    if args.sample is None:
+        args.out = args.out or f"runs/{SCRIPT}-{args.img_size}"
+        last = Path(args.out, "last.pt")
         if last.exists() and not args.resume:
-            raise ValueError(f"{out} holds a run: add --resume, or name another --out")
+            raise ValueError(f"{args.out} holds a run: add --resume, or name another --out")
         if last.exists():
             checkpoint = load_checkpoint(last)
-            parser.set_defaults(**checkpoint["args"])
+            parser.set_defaults(**{**checkpoint["args"], "out": args.out})
             args = parser.parse_args()  # what is typed wins
-    args.out = out
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
     if args.precision == "auto":
         args.precision = "bf16" if args.device == "cuda" else "fp32"
 
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "ema", "fid_every") else 1e-12
-        if type(value) in (int, float) and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, which is too small")
+        may_be_zero = name in ("seed", "ema", "fid_every")
+        if type(value) in (int, float) and not (value > 0 or may_be_zero and value == 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
     if args.ema >= 1 or args.batch_size < 2 * WORLD:
         raise ValueError("--ema must be below 1, and --batch-size 2 or more for each process")
     return args, checkpoint
@@ -554,7 +537,7 @@ def parse_args(parser):
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags], which -h lists",
+        usage="%(prog)s [flags]    (-h lists them)",
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -879,8 +879,7 @@ def test_a_signal_saves_and_says_how_to_continue(name, cache, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_at_once(cache, tmp_path):
-    slow = ["--img-size", 128, "--max-channels", 256, "--batch-size", 256]  # many seconds a step
-    process = start(*long_run(cache, tmp_path, *slow))
+    process = start(*long_run(cache, tmp_path, "--d-steps", 10**5))  # many minutes an iteration
     wait_for(tmp_path / "real.png", process)
     time.sleep(1)
     for _ in range(2):
