@@ -381,6 +381,7 @@ class Run:
 
     def write(self, it, losses, due):
         """Write what is due: any of "log", "grid", "save" and "fid"."""
+        sec = time.perf_counter() - self.clock
         G = self.state["G_ema"]
         if self.args.ema and due != {"log"}:
             # the statistics of averaged weights are not the average of their statistics
@@ -390,16 +391,15 @@ class Run:
                 images = generate(G, self.z[: self.columns**2])
                 data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
             if due & {"log", "fid"}:
-                self.write_row(it, losses, "fid" in due)
+                self.write_row(it, losses, sec, "fid" in due)
         except OSError:  # of a network drive, say: it must not cost what was trained
             self.save(it, "last.pt")
             raise
         if due & {"save", "fid"}:
             self.save(it, "last.pt")
 
-    def write_row(self, it, losses, measure_fid):
-        """Add a row to the log and print it. `sec` counts the run's time, but not that of FID."""
-        sec = time.perf_counter() - self.clock
+    def write_row(self, it, losses, sec, measure_fid):
+        """Add a row to the log and print it. Its time is without that of FID and of its grid."""
         before = self.log[-1]["sec"] if self.log else 0.0
         images = (it - self.logged_it) * self.args.d_steps * self.args.batch_size
         row = {"iter": it, **losses, "sec": before + sec, "img_per_sec": images / sec}
