@@ -224,7 +224,8 @@ def choose_images(files):
     for name, file in files:
         path = PurePosixPath(name)
         extension = path.suffix.lower() or "without an extension"
-        if path.name[0] == "." or any(folder[0] in ".@" for folder in path.parts[:-1]):
+        hidden_folder = any(part.startswith((".", "@")) for part in path.parts[:-1])
+        if hidden_folder or path.name.startswith("."):
             others["hidden"] += 1
         elif extension not in IMG_EXTENSIONS:
             others[extension] += 1
@@ -237,7 +238,8 @@ def choose_images(files):
 
 def check_outside(folder, source):
     """Raise ValueError if `folder`, where a program writes pictures, lies inside `source`."""
-    if Path(source).is_dir() and Path(folder).resolve().is_relative_to(Path(source).resolve()):
+    inside = Path(folder).resolve().is_relative_to(Path(source).resolve())
+    if source and Path(source).is_dir() and inside:
         reason = "its pictures would become training images"
         raise ValueError(f"{folder} lies inside {source}, so {reason}: name a folder outside it")
 

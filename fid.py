@@ -191,8 +191,8 @@ def load_inception(weights=None, device="cpu"):
 def list_images(path):
     """A folder, a .zip or an .npy array -> list of (name, read); read() -> uint8 (H, W, 3).
 
-    Pixels are as pytorch-fid reads them: no colour profile, orientation or transparency. Files that
-    are no images are counted on standard error. Raises ValueError for anything else.
+    Pixels are as pytorch-fid reads them: no colour profile, orientation or transparency. Other
+    files are counted on standard error. Raises ValueError for anything else.
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
@@ -204,6 +204,7 @@ def list_images(path):
             raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
         return [(str(i), partial(np.array, image)) for i, image in enumerate(images)]
     if path.is_dir():
+        # a link to a folder is not followed, but counted below
         found = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
         files = [(file.relative_to(path), partial(decode, file)) for file in found]
     elif zipfile.is_zipfile(path):
@@ -431,8 +432,9 @@ def main():
     flag = parser.add_argument
     flag("sets", nargs="+", type=Path, metavar="SET", help="folder, .zip, .npy or .npz")
     flag("--save-stats", type=Path, metavar="NPZ", help="write the statistics of the only SET")
-    flag("--clean", action="store_true", help="resize images as clean-fid does")
-    flag("--swd", action="store_true", help="sliced Wasserstein distance x 1,000, by level")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--clean", action="store_true", help="resize images as clean-fid does")
+    either("--swd", action="store_true", help="sliced Wasserstein distance x 1,000, by level")
     flag("--weights", help="file of Inception weights (downloaded)")
     flag("--device", choices=devices, default=devices[0], help="where the network runs")
     try:
