@@ -47,10 +47,7 @@ NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, which writes i
 
 # -------------------------------------------------------------------------------------- networks
 def layer_widths(img_size, max_channels=2048):
-    """Channels of the hidden layers, from narrow to wide: [64, 128, 256, 512, 1024] at 128 px.
-
-    The widest has 8 * img_size, at most max_channels. Raises ValueError for sizes that do not work.
-    """
+    """Channels of the hidden layers: [64, 128, 256, 512, 1024] at 128 px, 8 * img_size at most."""
     if img_size not in (16, 32, 64, 128, 256, 512, 1024):
         raise ValueError(f"--img-size must be a power of two from 16 to 1024, not {img_size}")
     halvings = int(math.log2(img_size)) - 3
@@ -181,12 +178,15 @@ def train_iteration(it, state, batches, args):
     # all randomness follows from the seed and `it`, so that a run can be resumed exactly
     torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
 
+    def noise():  # this process's part of it: (batch_size / WORLD, z_dim)
+        return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
+
     # discriminator: tell real from generated images
     for step in range(args.d_steps):
         x_real = batches[first + step]
         with amp:
             with torch.no_grad():
-                x_fake = G(draw_noise(args, device))
+                x_fake = G(noise())
             d_loss, divergence, lipschitz = discriminator_loss(D, x_real, x_fake, args)
         update(state["opt_D"], d_loss)
 
@@ -194,7 +194,7 @@ def train_iteration(it, state, batches, args):
     D.requires_grad_(False)  # its gradients would be wasted work
     x_real = batches[first + args.d_steps]  # only a discriminator of pairs looks at it
     with amp:
-        g_loss = generator_loss(D, x_real, G(draw_noise(args, device)), args)
+        g_loss = generator_loss(D, x_real, G(noise()), args)
     update(state["opt_G"], g_loss)
     D.requires_grad_(True)
 
@@ -205,11 +205,6 @@ def train_iteration(it, state, batches, args):
             average.detach().lerp_(weight.detach(), share)
     losses = {"d_loss": d_loss, "g_loss": g_loss, "divergence": divergence, "lipschitz": lipschitz}
     return {name: loss.detach() for name, loss in losses.items()}
-
-
-def draw_noise(args, device):
-    """This process's part of a batch of standard normal noise: (batch_size / WORLD, z_dim)."""
-    return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
 
 
 def update(optimizer, loss):
@@ -243,7 +238,7 @@ def build(args, device):
 
 
 def train(args, checkpoint):
-    """Train until args.iters, or until somebody stops the run; go on from a checkpoint or None."""
+    """Train from a checkpoint, that of iteration 0 included, to args.iters or until a signal."""
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -255,7 +250,8 @@ def train(args, checkpoint):
 
     data.check_outside(args.out, args.data)
     state = build(args, device)
-    done = restore(state, checkpoint, args) if checkpoint else 0
+    if checkpoint["iter"] > 0:
+        restore(state, checkpoint, args)
     if RANK > 0:
         torch.distributed.barrier()  # until the first process has prepared the images
     images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=RANK > 0)
@@ -267,11 +263,11 @@ def train(args, checkpoint):
     every["fid"] = args.fid_every
     signals = catch_signals()
 
-    for it in range(done + 1, args.iters + 1):
+    for it in range(checkpoint["iter"] + 1, args.iters + 1):
         losses = train_iteration(it, state, batches, args)
 
         due = {what for what, n in every.items() if n and (it % n == 0 or it == args.iters)}
-        if it == done + 1:
+        if it == checkpoint["iter"] + 1:
             due.add("log")
         if it == 100:
             due.add("grid")
@@ -316,17 +312,14 @@ def catch_signals():
 
 # ------------------------------------------------------------------------------ the run's folder
 class Run:
-    """What a run writes into its folder: log, sample grids, FID and checkpoints.
-
-    Nothing here changes the training. The first process alone has one.
-    """
+    """What the first process writes into the run's folder. Nothing here changes the training."""
 
     def __init__(self, args, state, images, checkpoint):
         self.args = args
         self.state = state
         self.out = Path(args.out)
-        self.log = checkpoint["log"] if checkpoint else []
-        self.logged_it = checkpoint["iter"] if checkpoint else 0
+        self.log = checkpoint["log"]
+        self.logged_it = checkpoint["iter"]
         self.columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
 
         # the same noise for all grids, for FID, and for the average's batch norm
@@ -422,16 +415,15 @@ def load_checkpoint(path):
 
 
 def restore(state, checkpoint, args):
-    """Load all but --lr and --betas from a checkpoint into the state -> its iteration."""
+    """Load a checkpoint into the state, except --lr and --betas, which args say."""
     try:
-        for name, part in state.items():
+        for name, part in state.items():  # G last of the generators, for G_ema may be G itself
             part.load_state_dict(checkpoint[name])
     except RuntimeError as error:  # weights of another shape
         advice = "leave out the flags that shape them"
         raise ValueError(f"the run in {args.out} has other networks: {advice}") from error
     for name in ("opt_G", "opt_D"):
         state[name].param_groups[0].update(lr=args.lr, betas=args.betas)
-    return checkpoint["iter"]
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -478,7 +470,7 @@ def sample(args):
 
 # ------------------------------------------------------------------------------ the command line
 def parse_args(parser):
-    """-> the flags, and the checkpoint that --resume continues, or None."""
+    """-> the flags, and the checkpoint from which to train."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     flag = parser.add_argument
     flag("--data", default="synthetic", help=data.SOURCES)
@@ -510,7 +502,7 @@ def parse_args(parser):
     flag("--interpolate", action="store_true", help="rows from one noise to another")
     args = parser.parse_args()
 
-    checkpoint = None
+    checkpoint = {"iter": 0, "log": []}  # of a new run
     if args.sample is None:
         args.out = args.out or f"runs/{SCRIPT}-{args.img_size}"
         last = Path(args.out, "last.pt")
