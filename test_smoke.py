@@ -711,7 +711,7 @@ def test_resumption(script, cli, tmp_path):
     """To the bit, with the flags of the run; what is typed wins."""
     whole = tmp_path / "whole"
     split = tmp_path / "split"
-    flags = [*RUN, "--flip", "--ema", 0.9]
+    flags = [*RUN, "--flip", "--ema", 0.9 if script == "gan_qp" else 0]  # slow, and shared code
     assert cli(script, *flags, "--out", whole)[0] == 0
     assert cli(script, *flags, "--iters", 5, "--out", split)[0] == 0
     with open(split / "log.jsonl", "a") as file:
