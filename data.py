@@ -92,8 +92,7 @@ class Batches:
             if images.nbytes <= free / 2:
                 self.resident = torch.tensor(images, device=self.device)
             # pinned memory opens the thread's current GPU, which is the first one in a new thread
-            gpu = torch.cuda.current_device()
-            self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,))
+            self.thread.submit(torch.cuda.set_device, torch.cuda.current_device())
 
     def __getitem__(self, k):
         batch = self.fetch(k).permute(0, 3, 1, 2)
@@ -198,7 +197,7 @@ def open_zip(path):
 def walk(root):
     """Yield all files below a folder. Links are followed, and each real folder is entered once."""
 
-    def stop(error):  # otherwise os.walk leaves out what a disk cannot read
+    def stop(error):  # by default os.walk silently skips what it cannot read
         raise error
 
     visited = set()
@@ -293,7 +292,9 @@ def to_eight_bits(image):
     ):
         unsupported = True  # 12 bits, or white is zero
     if unsupported:
-        raise ValueError("its pixels are float, 32-bit, signed or inverted: convert it to 8 bits")
+        raise ValueError(
+            "its pixels are float, signed, inverted, or of 12 or 32 bits: convert it to 8 bits"
+        )
     if not sixteen:
         return image
     return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))

@@ -268,7 +268,8 @@ def measure(images, inception, clean=False):
             stats.update(inception.features(torch.cat(small)))
     if stats.n < 2048:  # the covariance is singular, and the FID mostly bias
         print(f"warning: an FID of only {stats.n:,} images is not reliable", file=sys.stderr)
-    return stats.mean, stats.cov
+    sigma = stats.cov  # raises ValueError for fewer than two images
+    return stats.mean, sigma
 
 
 def save_stats(path, mu, sigma, clean):
@@ -333,9 +334,8 @@ def patches_by_level(images):
     Raises ValueError unless all are squares of one size, a power of two from 16 px on.
     """
     levels = defaultdict(list)
-    for i in range(0, len(images), 8):  # few at once, for they may be large
-        batch = [read() for _, read in images[i : i + 8]]
-        size = max(levels, default=len(batch[0]))  # of the first image
+    for batch in read_all(images, 8):  # few at once, for they may be large
+        size = len(batch[0]) if batch else 0
         if {image.shape for image in batch} != {(size, size, 3)} or size < 16 or size & (size - 1):
             raise ValueError("--swd needs squares of one size, a power of two from 16 on")
         pixels = np.stack(batch)
@@ -384,9 +384,10 @@ def compare_by_level(first, second):
     for images in (first, second):
         places = np.linspace(0, len(images) - 1, count).astype(int)
         levels.append(patches_by_level([images[i] for i in places]))
-    sizes = [max(level) for level in levels]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"--swd needs images of one size, not {sizes[0]} and {sizes[1]}")
+    if {len(patches) for level in levels for patches in level.values()} != {count}:
+        raise ValueError("--swd needs images of one size in each set, all of them readable")
+    if levels[0].keys() != levels[1].keys():
+        raise ValueError(f"--swd needs sets of one size, not {max(levels[0])} and {max(levels[1])}")
     distances = {}
     for size in levels[0]:
         a, b = (normalise_channels(level[size]) for level in levels)

@@ -42,7 +42,7 @@ import fid
 SCRIPT = Path(__file__).stem
 RANK = int(os.environ.get("RANK", 0))  # which of the WORLD processes this is, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm as in Keras, which writes it as momentum 0.99
+NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm of Keras, whose momentum 0.99 is 0.01 here
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -93,7 +93,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 3, img_size, img_size) in [-1, 1] -> raw scores (B,).
 
-    With pairwise=True it takes two images, stacked to (B, 6, img_size, img_size).
+    With pairwise=True it takes two images, concatenated to (B, 6, img_size, img_size).
     """
 
     def __init__(self, img_size, max_channels=2048, pairwise=False):
@@ -176,7 +176,7 @@ def train_iteration(it, state, batches, args):
     """Iteration `it` (from 1): args.d_steps discriminator updates, then one generator update.
 
     state: networks and optimizers, as `build` makes them; batches: a data.Batches.
-    Returns the last losses by name, as scalar tensors, and does not wait for them: no GPU idles.
+    Returns the last losses by name, as scalar tensors, without waiting for the GPU.
     """
     G = state["G"]
     D = state["D"]
@@ -201,7 +201,7 @@ def train_iteration(it, state, batches, args):
 
     # generator: make images that score like real ones
     D.requires_grad_(False)  # its gradients would be wasted work
-    x_real = batches[first + args.d_steps]  # only a discriminator of pairs looks at it
+    x_real = batches[first + args.d_steps]  # only gan_qp.py --pairwise uses it
     with amp:
         g_loss = generator_loss(D, x_real, G(noise()), args)
     update(state["opt_G"], g_loss)
@@ -235,7 +235,7 @@ def build(args, device):
     D = Discriminator(args.img_size, args.max_channels, args.pairwise)
     G_ema = copy.deepcopy(G) if args.ema else G
     if WORLD > 1 and device.type == "cuda":
-        # in place; a G_ema of its own stays as it is, since the first process runs it alone
+        # in place; a separate G_ema keeps plain batch norm, since the first process runs it alone
         nn.SyncBatchNorm.convert_sync_batchnorm(G)
         nn.SyncBatchNorm.convert_sync_batchnorm(D)
     for network in (G, D, G_ema):
@@ -247,7 +247,7 @@ def build(args, device):
 
 
 def train(args, checkpoint):
-    """Train from a checkpoint, that of iteration 0 included, to args.iters or until a signal."""
+    """Train from a checkpoint (of iteration 0 for a new run) to args.iters, or until a signal."""
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -298,8 +298,10 @@ def train(args, checkpoint):
         if stop:
             break
 
-    if run:
-        run.finish()
+    if run and run.logged_it < args.iters:
+        print(f"stopped and saved at iteration {run.logged_it}; add --resume to continue")
+    elif run:
+        print(f"done: samples and progress.gif are in {args.out}, the weights in last.pt there")
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 
@@ -310,8 +312,8 @@ def catch_signals():
 
     def catch(number, frame):
         signals.append(number)
-        if WORLD == 1:  # torchrun sends again what its processes have from the terminal
-            signal.signal(number, signal.SIG_DFL)  # so that a second one ends at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once
+            signal.signal(number, signal.SIG_DFL)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
@@ -364,14 +366,16 @@ class Run:
                 data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
             if due & {"log", "fid"}:
                 self.write_row(it, losses, sec, "fid" in due)
-        except OSError:  # of a network drive, say: it must not cost what was trained
-            self.save(it, "last.pt")
+        except OSError:  # of a network drive, say
+            self.write(it, losses, {"save"})
             raise
         if due & {"save", "fid"}:
             self.save(it, "last.pt")
+        if it == self.args.iters:
+            self.save_animation()
 
     def write_row(self, it, losses, sec, measure_fid):
-        """Add a row to the log and print it. Its time is without that of FID and of its grid."""
+        """Add a row to the log and print it. Its time excludes FID and the grid."""
         before = self.log[-1]["sec"] if self.log else 0.0
         images = (it - self.logged_it) * self.args.d_steps * self.args.batch_size
         row = {"iter": it, **losses, "sec": before + sec, "img_per_sec": images / sec}
@@ -398,17 +402,13 @@ class Run:
         with data.atomic_write(self.out / name) as beside:
             torch.save(checkpoint, beside)
 
-    def finish(self):
-        """Report how the run ended. At its last iteration, animate at most 50 of its grids."""
-        if self.logged_it < self.args.iters:
-            print(f"stopped and saved at iteration {self.logged_it}; add --resume to continue")
-            return
+    def save_animation(self):
+        """Make progress.gif of the grids, at most 50 of them."""
         paths = sorted(self.out.glob("samples/[0-9]*[0-9].png"), key=lambda path: int(path.stem))
-        paths = paths[-1 :: -(1 + len(paths) // 51)]  # the last one first
-        frames = [Image.open(path).convert("RGB").resize((600, 600)) for path in reversed(paths)]
+        paths = paths[:: -math.ceil(len(paths) / 50)]  # the last one first
+        frames = [Image.open(path).convert("RGB").resize((600, 600)) for path in paths[::-1]]
         with data.atomic_write(self.out / "progress.gif") as gif:
             frames[0].save(gif, save_all=True, append_images=frames[1:], duration=150, loop=0)
-        print(f"done: samples and progress.gif are in {self.out}, the weights in last.pt there")
 
 
 def load_checkpoint(path):
@@ -424,7 +424,7 @@ def load_checkpoint(path):
 
 
 def restore(state, checkpoint, args):
-    """Load a checkpoint into the state, except --lr and --betas, which args say."""
+    """Load a checkpoint into the state, except --lr and --betas, which come from args."""
     try:
         for name, part in state.items():  # G last of the generators, for G_ema may be G itself
             part.load_state_dict(checkpoint[name])
@@ -539,7 +539,7 @@ def parse_args(parser):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be valid text
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]    (-h lists them)",
         description=__doc__.splitlines()[0],
@@ -552,7 +552,7 @@ def main():
         else:
             train(args, checkpoint)
     except torch.OutOfMemoryError:
-        parser.error("out of GPU memory: lower --batch-size, --max-channels or --img-size")
+        parser.error("out of GPU memory: lower --batch-size, --max-channels or --num-samples")
     except (ValueError, OSError) as error:
         parser.error(error)
 

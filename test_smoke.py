@@ -867,10 +867,12 @@ def long_run(cache, out, *flags):
     return [HERE / "gan_qp.py", *TINY, *own, *flags]
 
 
-def test_a_signal_saves_and_says_how_to_continue(cache, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_says_how_to_continue(name, cache, tmp_path):
     process = start(*long_run(cache, tmp_path))
     wait_for(tmp_path / "last.pt", process)
-    process.terminate()
+    for _ in range(2):  # as when a terminal is closed
+        process.send_signal(getattr(signal, name))
     said = process.communicate()[0]
     assert process.returncode == 0 and "--resume" in said, said
     stopped = int(re.search(r"saved at iteration (\d+)", said)[1])
