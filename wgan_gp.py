@@ -366,9 +366,11 @@ class Run:
         device_name = torch.cuda.get_device_name() if self.z.is_cuda else platform.machine()
         head = {**vars(args), "python": platform.python_version(), "device_name": device_name}
         head |= {module.__name__: module.__version__ for module in (torch, torchvision)}
-        (self.out / "args.json").write_text(json.dumps(head, indent=1))
         rows = [json.dumps(row) + "\n" for row in self.log]  # without those after the checkpoint
-        (self.out / "log.jsonl").write_text("".join(rows))
+        with data.atomic_write(self.out / "args.json") as beside:
+            beside.write_text(json.dumps(head, indent=1))
+        with data.atomic_write(self.out / "log.jsonl") as beside:
+            beside.write_text("".join(rows))
         real = data.evenly_spaced(images, self.columns**2)
         data.save_grid(real, self.out / "real.png", self.columns)
         print(f"training on {device_name} in {args.precision}; Ctrl-C saves and ends", flush=True)
