@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -374,6 +375,15 @@ def save_grid(images, path, columns):
     """uint8 images, a tensor (N, 3, S, S) -> one picture, `columns` images wide."""
     with atomic_write(path) as beside:
         torchvision.utils.save_image(images / 255, beside, nrow=columns)
+
+
+def save_animation(folder, path):
+    """Make an animated GIF of the grids in `folder` (000500.png and so on), at most 50 of them."""
+    grids = sorted(folder.glob("[0-9]*[0-9].png"), key=lambda grid: int(grid.stem))
+    grids = grids[:: -math.ceil(len(grids) / 50)]  # the last one first
+    frames = [Image.open(grid).convert("RGB").resize((600, 600)) for grid in grids[::-1]]
+    with atomic_write(path) as beside:
+        frames[0].save(beside, save_all=True, append_images=frames[1:], duration=150, loop=0)
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
@@ -365,7 +364,7 @@ class Run:
         if due & {"save", "fid"}:
             self.save(it, "last.pt")
         if it == self.args.iters:
-            self.save_animation()
+            data.save_animation(self.out / "samples", self.out / "progress.gif")
 
     def write_row(self, it, losses, sec, measure_fid):
         """Add a row to the log and print it. Its time excludes FID and the grid."""
@@ -394,14 +393,6 @@ class Run:
             checkpoint[key] = part.state_dict()
         with data.atomic_write(self.out / name) as beside:
             torch.save(checkpoint, beside)
-
-    def save_animation(self):
-        """Make progress.gif of the grids, at most 50 of them."""
-        paths = sorted(self.out.glob("samples/[0-9]*[0-9].png"), key=lambda path: int(path.stem))
-        paths = paths[:: -math.ceil(len(paths) / 50)]  # the last one first
-        frames = [Image.open(path).convert("RGB").resize((600, 600)) for path in paths[::-1]]
-        with data.atomic_write(self.out / "progress.gif") as gif:
-            frames[0].save(gif, save_all=True, append_images=frames[1:], duration=150, loop=0)
 
 
 def load_checkpoint(path):
@@ -512,7 +503,8 @@ def parse_args(parser):
             raise ValueError(f"{args.out} holds a run: add --resume, or name another --out")
         if last.exists():
             checkpoint = load_checkpoint(last)
-            parser.set_defaults(**{**checkpoint["args"], "out": args.out})
+            flags = {name: old for name, old in checkpoint["args"].items() if name in args}
+            parser.set_defaults(**{**flags, "out": args.out})
             args = parser.parse_args()  # what is typed wins
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
