@@ -32,6 +32,10 @@ import gan_qp
 import sgan_sn
 import wgan_gp
 
+# processes that tests start inherit ignored signals: nohup's SIGHUP, SIGINT after a shell's &
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 SCRIPTS = ["gan_qp", "wgan_gp", "sgan_sn"]
 MODULES = [gan_qp, wgan_gp, sgan_sn]
