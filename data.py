@@ -12,11 +12,9 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
-import sys
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -343,7 +341,7 @@ def prepare(names, read, size, path, quiet):
                         file.write(result)
                         count += 1
                     elif not quiet:
-                        print(f"  skipped {names[j]}: {result!r}", flush=True)
+                        print(f"  skipped {names[j]!a}: {result!a}", flush=True)
         if count == 0:
             raise ValueError(f"none of {len(names):,} images can be read: {result!r}")
         # numpy pads headers to one length, so this one replaces the first exactly
@@ -377,18 +375,8 @@ def save_grid(images, path, columns):
         torchvision.utils.save_image(images / 255, beside, nrow=columns)
 
 
-def save_animation(folder, path):
-    """Make an animated GIF of the grids in `folder` (000500.png and so on), at most 50 of them."""
-    grids = sorted(folder.glob("[0-9]*[0-9].png"), key=lambda grid: int(grid.stem))
-    grids = grids[:: -math.ceil(len(grids) / 50)]  # the last one first
-    frames = [Image.open(grid).convert("RGB").resize((600, 600)) for grid in grids[::-1]]
-    with atomic_write(path) as beside:
-        frames[0].save(beside, save_all=True, append_images=frames[1:], duration=150, loop=0)
-
-
 # ---------------------------------------------------------------------------------- command line
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     parser = argparse.ArgumentParser(
         description="Prepare images for training, and see them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -1,21 +1,26 @@
-"""Run all tests: python -m pytest. A quick check, in a quarter of a minute: -k smoke_run
+"""Run all tests: python -m pytest. A quick check, in a few seconds: -k smoke_run
 
 They need no network and no GPU; what needs CUDA is skipped without it.
 """
 
 import argparse
 import ast
+import contextlib
+import io
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +38,9 @@ import sgan_sn
 import wgan_gp
 
 # processes that tests start inherit ignored signals: nohup's SIGHUP, SIGINT after a shell's &
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HERE = Path(__file__).parent
 SCRIPTS = ["gan_qp", "wgan_gp", "sgan_sn"]
@@ -56,16 +62,18 @@ def cli(cache, monkeypatch, capsys):
         own = [] if script == "fid" else ["--cache-dir", cache]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, [*own, *flags])])
         handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        said = io.StringIO()  # as in a notebook, which also outlives the run
         code = 0
-        capsys.readouterr()
         try:
-            runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+            with contextlib.redirect_stdout(said):
+                runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+            assert signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
         except SystemExit as end:
             code = end.code or 0
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
-        return code, *capsys.readouterr()
+        return code, said.getvalue(), capsys.readouterr().err
 
     return run
 
@@ -120,16 +128,17 @@ def assert_same(a, b, path=""):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
 
 
-def start(*words, **options):
-    """A process of its own, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(*words, cwd=None, **variables):
+    """A process group of its own, with one thread."""
+    variables |= {"OMP_NUM_THREADS": 1, "PYTHONUNBUFFERED": 1}
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         text=True,
-        env=environment,
+        cwd=cwd,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        **options,
+        start_new_session=True,
     )
 
 
@@ -154,22 +163,36 @@ def noise_folder(folder, count, size=(40, 30)):
 
 
 # ----------------------------------------------------------------------------------------- smoke
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_smoke_run(script, cli, inception_file, tmp_path):
-    """Two iterations, FID, samples."""
-    fid_flags = ["--fid-every", 2, "--fid-samples", 4, "--fid-weights", inception_file]
-    assert cli(script, *TINY, *fid_flags, "--iters", 2, "--out", tmp_path / "run")[0] == 0
-    assert log_of(tmp_path / "run")[-1]["fid"] > 0
-    images = tmp_path / "images"
-    sampling = ["--sample", tmp_path / "run" / "best.pt", "--num-samples", 3, "--device", "cpu"]
-    assert cli(script, *sampling, "--out", images)[0] == 0
-    code, out, _ = cli("fid", images, images, "--weights", inception_file, "--device", "cpu")
-    assert code == 0 and float(out) == pytest.approx(0, abs=1e-3)
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("gan_qp", []),
+        ("gan_qp", ["--pairwise"]),
+        ("gan_qp", ["--metric", "l2", "--power", "4"]),
+        ("wgan_gp", []),
+        ("wgan_gp", ["--precision", "bf16"]),
+        ("wgan_gp", ["--constraint", "div"]),
+        ("wgan_gp", ["--constraint", "sn"]),
+        ("wgan_gp", ["--constraint", "clip"]),
+        ("sgan_sn", []),
+        ("sgan_sn", ["--no-sn", "--precision", "bf16"]),
+    ],
+)
+def test_smoke_run(script, flags, cli, tmp_path):
+    """Two iterations, then samples of their generator."""
+    run = tmp_path / "run"
+    assert cli(script, *TINY, *flags, "--iters", 2, "--out", run)[0] == 0
+    largest = max(p.abs().max() for p in weights(run / "last.pt")["D"].values())
+    assert (largest <= 0.01) == ("clip" in flags)
+    sampling = ["--sample", run / "last.pt", "--num-samples", 3, "--device", "cpu"]
+    assert cli(script, *sampling, "--out", tmp_path / "images")[0] == 0
+    sizes = [Image.open(tmp_path / "images" / f"0000{i}.png").size for i in range(3)]
+    assert sizes == [(16, 16)] * 3
 
 
 # ------------------------------------------------------------------------------------ the method
 @pytest.mark.parametrize("power", [2, 4, 6])
-@pytest.mark.parametrize("lam, d", [(10.0, 0.3), (1.0, 0.02), (100.0, 1.5)])
+@pytest.mark.parametrize("lam, d", [(10.0, 0.3), (1e-3, 0.02), (1e6, 1.5)])
 def test_supremum_of_the_potential(power, lam, d):
     delta = torch.linspace(0, 2 * lam * d, 20001, dtype=torch.float64)
     value = gan_qp.qp_divergence(delta, torch.full_like(delta, d), lam, power)
@@ -177,6 +200,7 @@ def test_supremum_of_the_potential(power, lam, d):
     assert delta[value.argmax()].item() == pytest.approx(lam * d, rel=1e-3)
     if power == 2:
         torch.testing.assert_close(value, delta - delta**2 / (2 * lam * d))
+    assert gan_qp.qp_divergence(delta, torch.zeros_like(delta), lam, power).isfinite().all()
 
 
 def test_optimal_discriminator(capsys):
@@ -223,14 +247,14 @@ def test_distance_is_for_each_pair():
 
 
 def lifted(module, name):
-    """A function whose text alone is pasted under `import torch`, as a reader would copy it."""
+    """A function whose text alone is pasted under the imports, as a reader would copy it."""
     source = Path(module.__file__).read_text()
     (text,) = [
         ast.get_source_segment(source, node)
         for node in ast.parse(source).body
         if getattr(node, "name", None) == name
     ]
-    names = {"torch": torch}
+    names = {"torch": torch, "F": F}
     exec(text, names)
     return names[name]
 
@@ -240,10 +264,12 @@ def test_losses_can_be_lifted_and_refuse_shapes_that_would_broadcast():
     pair_distance = lifted(gan_qp, "pair_distance")
     qp_divergence = lifted(gan_qp, "qp_divergence")
     gradient_penalty = lifted(wgan_gp, "gradient_penalty")
+    sgan_loss = lifted(sgan_sn, "sgan_loss")
     images = torch.rand(4, 3, 8, 8)
     scores = torch.rand(4)
     assert pair_distance(images, 1 - images).shape == (4,)
     assert qp_divergence(scores, scores).shape == (4,)
+    assert sgan_loss(scores, scores).shape == ()
     assert gradient_penalty(lambda x: x.sum((1, 2, 3)), images, images).shape == ()
     with pytest.raises(ValueError, match=r"\(4, 3, 8, 8\) and \(1, 3, 8, 8\)"):
         pair_distance(images, images[:1])
@@ -253,29 +279,32 @@ def test_losses_can_be_lifted_and_refuse_shapes_that_would_broadcast():
         gradient_penalty(lambda x: x.sum((1, 2, 3)), images, images[:1])
 
 
-@pytest.mark.parametrize("power", [2, 4, 6])
-@pytest.mark.parametrize("lam", [1e-3, 10.0, 1e6])
-def test_divergence_is_finite(power, lam):
-    for d in (0.0, 0.3, 2.0):  # 0: identical images
-        delta = torch.tensor([-1.0, 0.0, 1.0, lam * d, -lam * d], requires_grad=True)
-        value = gan_qp.qp_divergence(delta, torch.full((5,), d), lam, power).sum()
-        value.backward()
-        assert value.isfinite() and delta.grad.isfinite().all()
+def settings(**flags):
+    """The args that `train_iteration` takes."""
+    return argparse.Namespace(d_steps=1, precision="fp32", **flags)
 
 
-def test_generator_loss_of_pairs_is_delta_alone():
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_the_generator_minimises_delta_alone(pairwise):
+    """Its step is the gradient of E[delta]: nothing of the second term, which D maximises."""
     torch.manual_seed(0)
-    D = gan_qp.Discriminator(16, 8, pairwise=True).eval()
-    x_real = torch.randn(4, 3, 16, 16)
-    x_fake = torch.randn(4, 3, 16, 16, requires_grad=True)
-    delta = D(torch.cat([x_real, x_fake], 1)) - D(torch.cat([x_fake, x_real], 1))
-    (expected,) = torch.autograd.grad(delta.mean(), x_fake)
-    loss = gan_qp.generator_loss(D, x_real, x_fake, argparse.Namespace(lam=10.0, pairwise=True))
-    torch.testing.assert_close(torch.autograd.grad(loss, x_fake)[0], expected)
+    G = gan_qp.Generator(16, 8, 8)
+    D = gan_qp.Discriminator(16, 8, pairwise)
+    x_real = torch.rand(2, 4, 3, 16, 16)
+    z = torch.randn(2, 4, 8)
+    delta = gan_qp.score_difference(D, x_real[1], G(z[1]), pairwise)
+    expected = torch.autograd.grad(delta.mean(), list(G.parameters()))
+    before = [weight.detach().clone() for weight in G.parameters()]
+    opt_G = torch.optim.SGD(G.parameters(), lr=1)
+    opt_D = torch.optim.SGD(D.parameters(), lr=0)
+    args = settings(metric="l1", lam=10.0, power=2, pairwise=pairwise)
+    gan_qp.train_iteration(x_real, z, G, D, opt_G, opt_D, args)
+    for old, new, gradient in zip(before, G.parameters(), expected, strict=True):
+        torch.testing.assert_close(old - new, gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_penalties_of_a_linear_critic():
-    """In closed form, and finite where the gradient is exactly zero."""
+def test_penalties_on_the_gradient():
+    """In closed form, finite where the gradient is exactly zero, and between the images."""
     torch.manual_seed(0)
     linear = nn.Linear(12, 1, bias=False).double()
     x, y = torch.randn(2, 5, 3, 2, 2).double()
@@ -291,8 +320,6 @@ def test_penalties_of_a_linear_critic():
         (gradient,) = torch.autograd.grad(penalty, linear.weight)
         assert penalty.isfinite() and gradient.isfinite().all()
 
-
-def test_gradient_penalty_is_taken_between_the_images():
     def D(x):  # T(x) = |x|^2 / 2, whose gradient is x
         return x.square().sum(1) / 2
 
@@ -328,7 +355,7 @@ def test_js_divergence():
     torch.testing.assert_close(js_divergence(T, T), expected)
 
 
-def train_on_point_masses(kind, distance, steps=1500):
+def train_on_point_masses(kind, distance, steps=750):
     """Train T on the masses 0 and `distance` -> (divergence, gradient at the generator's mass)."""
     torch.manual_seed(0)
     T = nn.Sequential(nn.Linear(1, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
@@ -340,6 +367,8 @@ def train_on_point_masses(kind, distance, steps=1500):
     def value(x_fake):
         if kind == "SGAN":
             return js_divergence(T(a), T(x_fake))
+        if kind == "KL":  # its variational form: Nowozin et al., arXiv 1606.00709
+            return (T(a) - (T(x_fake) - 1).exp()).mean()
         delta = T(a) - T(x_fake)
         if kind == "WGAN-GP":
             return delta.mean()
@@ -361,7 +390,7 @@ def train_on_point_masses(kind, distance, steps=1500):
 def test_point_masses(capsys):
     """The paper's central claim: two point masses at a growing distance, under each divergence."""
     distances = [0.25, 0.5, 1.0, 2.0]
-    kinds = ["SGAN", "WGAN-GP", "GAN-QP"]
+    kinds = ["SGAN", "KL", "WGAN-GP", "GAN-QP"]
     rows = {kind: [train_on_point_masses(kind, d) for d in distances] for kind in kinds}
     with capsys.disabled():
         print("\n\ndivergence (gradient) at distance " + ", ".join(map(str, distances)))
@@ -371,6 +400,8 @@ def test_point_masses(capsys):
     for i, d in enumerate(distances):
         divergence, gradient = rows["SGAN"][i]
         assert divergence == pytest.approx(math.log(2), abs=0.001) and gradient < 1e-6
+        assert rows["KL"][i][0] > 100  # whose supremum is infinite: it grows as long as T trains
+        assert rows["KL"][i][0] > 2 * train_on_point_masses("KL", d, steps=250)[0]
         slope = 1 + d / 20  # of s d - 10 (s - 1)^2 at its maximum: a finite penalty allows s > 1
         assert rows["WGAN-GP"][i] == pytest.approx((d * slope, slope), rel=0.02)
         divergence, gradient = rows["GAN-QP"][i]
@@ -379,7 +410,7 @@ def test_point_masses(capsys):
 
 # What the author's own scripts (128/gan_gp_l1.py, sic, and 128/gan_qp_l2.py; Keras
 # 2.2.4, float64) find from the weights, images and noise of `golden`, for each iteration: d_loss of
-# both steps, E T(x_f) of the generator's step, mean |delta| / L1.
+# both steps, E T(x_f) of the generator's step and, with L1, mean |delta| / d.
 GOLDEN = {
     "l1": [
         [-0.384784488725, -0.857829815665, -2.09089122897, 2.77372718788],
@@ -389,11 +420,11 @@ GOLDEN = {
         [-1.42040445476, -1.58098464945, -3.04284955155, 5.99881447098],
     ],
     "l2": [
-        [-0.399045515755, -0.898921924735, -2.10280957011, 2.76896132246],
-        [-0.850067617087, -1.47172381539, -2.75454882684, 6.23773367786],
-        [-1.43351900337, -1.6762311124, -3.13099900643, 5.30835420256],
-        [-1.38377558592, -1.57234796897, -3.21624793525, 6.52090098131],
-        [-1.61383496633, -1.80590411735, -3.28965180597, 6.44048077908],
+        [-0.399045515755, -0.898921924735, -2.10280957011],
+        [-0.850067617087, -1.47172381539, -2.75454882684],
+        [-1.43351900337, -1.6762311124, -3.13099900643],
+        [-1.38377558592, -1.57234796897, -3.21624793525],
+        [-1.61383496633, -1.80590411735, -3.28965180597],
     ],
 }
 
@@ -406,7 +437,7 @@ def golden(i, *shape):
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2"])
-def test_training_steps_are_the_authors(metric, capsys):
+def test_training_steps_are_the_authors(metric, capsys, monkeypatch):
     """Five iterations from the same weights, images and noise as the author's Keras scripts."""
     G = gan_qp.Generator(16, 16).double()
     D = gan_qp.Discriminator(16).double()
@@ -417,29 +448,27 @@ def test_training_steps_are_the_authors(metric, capsys):
             weight.copy_((2 * golden(i, *weight.shape) - 1) * math.sqrt(6 / fans))
     z = (golden(6, 5, 3, 8, 16) - 0.5) * math.sqrt(12)
     x = (2 * golden(7, 5, 3, 8, 3, 16, 16) - 1) * golden(8, 5, 3, 8, 1, 1, 1)
-    args = argparse.Namespace(metric=metric, lam=10.0, power=2, pairwise=False)
+    args = settings(metric=metric, lam=10.0, power=2, pairwise=False)
+    args.d_steps = 2
     opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
+    found = []
+    steps = Counter()
+    update = gan_qp.update
 
-    def step(optimizer, loss, t):
-        optimizer.param_groups[0]["eps"] = 1e-7 / math.sqrt(1 - 0.999**t)  # where Keras adds it
-        gan_qp.update(optimizer, loss)
+    def update_as_keras(optimizer, loss):
+        found.append(loss.item())
+        steps[optimizer] += 1  # eps stands where Keras adds it
+        optimizer.param_groups[0]["eps"] = 1e-7 / math.sqrt(1 - 0.999 ** steps[optimizer])
+        update(optimizer, loss)
 
-    rows = []
+    monkeypatch.setattr(gan_qp, "update", update_as_keras)
     for it in range(5):
-        row = []
-        for i in (0, 1):
-            x_fake = G(z[it, i]).detach()
-            with torch.no_grad():
-                delta = D(x[it, i]) - D(x_fake)
-                ratio = delta.abs() / gan_qp.pair_distance(x[it, i], x_fake)
-            d_loss, _, _ = gan_qp.discriminator_loss(D, x[it, i], x_fake, args)
-            step(opt_D, d_loss, 2 * it + i + 1)
-            row.append(d_loss.item())
-        g_loss = gan_qp.generator_loss(D, x[it, 2], G(z[it, 2]), args)
-        step(opt_G, g_loss, it + 1)
-        rows.append([*row, -g_loss.item(), ratio.mean().item()])
+        losses = gan_qp.train_iteration(x[it], z[it], G, D, opt_G, opt_D, args)
+        found[-1] *= -1
+        found.append(losses["lipschitz"].item())
 
+    rows = np.reshape(found, (5, 4))[:, : len(GOLDEN[metric][0])]
     worst = np.abs(np.divide(rows, GOLDEN[metric]) - 1).max()
     with capsys.disabled():
         print(f"\n\n{metric}, iteration 5: here, by the author's script")
@@ -487,10 +516,10 @@ def test_widths_and_settings():
 # Top-level definitions in which the scripts differ, and lines of the others that may differ.
 OWN = {
     *("Discriminator", "qp_divergence", "score_difference", "sgan_loss", "gradient_penalty"),
-    *("divergence_penalty", "clip_weights", "discriminator_loss", "generator_loss"),
+    *("divergence_penalty", "clip_weights", "train_iteration"),
 }
 OWN_LINES = (
-    *("D = Discriminator(", 'if args.constraint == "clip":', "opt_D.register_step_post_hook("),
+    *("D = Discriminator(", "x_real = [batches["),
     *(f'flag("--{name}"' for name in ("d-steps", "lr", "betas", "constraint", "gp-weight")),
     *(f'flag("--{name}"' for name in ("metric", "lam", "power", "pairwise", "no-sn")),
 )
@@ -511,7 +540,7 @@ def shared_definitions(script):
 def test_shared_code_is_the_same():
     """diff gan_qp.py wgan_gp.py shows the divergence and nothing else."""
     expected = shared_definitions("gan_qp")
-    assert {"train_iteration", "train", "Run", "Generator", "parse_args"} <= expected.keys()
+    assert {"update", "train", "save", "Generator", "parse_args"} <= expected.keys()
     for script in SCRIPTS[1:]:
         assert shared_definitions(script) == expected
 
@@ -572,7 +601,7 @@ def test_kinds_of_images(tmp_path, capsys):
     assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
     assert not images.flags.writeable
     for name in ("x1.png", "x2.jpg", "x3.tif", "x4.tif", "x5.tif"):
-        assert f"skipped {name}: " in said
+        assert f"skipped {name!r}: " in said
     for (name, (_, expected, _)), image in zip(kinds.items(), images, strict=True):
         np.testing.assert_allclose(image.mean((0, 1)), expected, atol=4, err_msg=name)
     upright = images[list(kinds).index("o.jpg")]
@@ -683,8 +712,9 @@ RUN = [*TINY, "--log-every", 2, "--sample-every", 3, "--save-every", 4, "--iters
 def test_a_run_and_its_samples(cli, tmp_path):
     run = tmp_path / "run"
     code, out, _ = cli("gan_qp", *RUN, "--out", run)
-    assert code == 0 and "done" in out and "fp32" in out
-    files = {"args.json", "log.jsonl", "real.png", "samples", "last.pt", "progress.gif"}
+    assert code == 0 and "cpu, fp32: training from iteration 1;" in out
+    assert "saved at iteration 7 of 7" in out
+    files = {"args.json", "log.jsonl", "real.png", "samples", "last.pt"}
     assert {file.name for file in run.iterdir()} == files
     samples = sorted(file.name for file in (run / "samples").iterdir())
     assert samples == ["000003.png", "000006.png", "000007.png"]
@@ -692,22 +722,19 @@ def test_a_run_and_its_samples(cli, tmp_path):
     fields = {"iter", "d_loss", "g_loss", "divergence", "lipschitz", "img_per_sec", "sec"}
     assert set(log_of(run)[0]) == fields
     args = json.loads((run / "args.json").read_text())
-    assert args["img_size"] == 16 and {"torch", "torchvision", "device_name"} <= args.keys()
+    assert args["img_size"] == 16 and {"python", "torch", "device_name"} <= args.keys()
     assert Image.open(run / "samples" / "000007.png").size == (9 * 18 + 2, 9 * 18 + 2)
-    assert Image.open(run / "progress.gif").n_frames > 1
 
     sampling = ["--sample", run / "last.pt", "--device", "cpu"]
     for name in ("x.png", "x.jpg"):  # a suffix means one picture
         assert cli("gan_qp", *sampling, "--out", tmp_path / name, "--num-samples", 5)[0] == 0
         assert Image.open(tmp_path / name).size == (3 * 18 + 2, 2 * 18 + 2)
-    assert cli("gan_qp", *sampling, "--out", tmp_path / "y", "--num-samples", 3)[0] == 0
-    sizes = [Image.open(tmp_path / "y" / f"0000{i}.png").size for i in range(3)]
-    assert sizes == [(16, 16)] * 3
-    between = ["--out", tmp_path / "between.png", "--num-samples", 16, "--interpolate"]
-    assert cli("gan_qp", *sampling, *between)[0] == 0
-    assert Image.open(tmp_path / "between.png").size == (8 * 18 + 2, 2 * 18 + 2)
-    refused(cli("wgan_gp", *sampling, "--out", tmp_path / "w.png"), "gan_qp.py")
     refused(cli("gan_qp", *RUN, "--out", run), "--resume")
+
+    off = ["--log-every", 0, "--sample-every", 0, "--save-every", 0]
+    assert cli("gan_qp", *RUN, *off, "--iters", 3, "--out", tmp_path / "off")[0] == 0
+    assert [row["iter"] for row in log_of(tmp_path / "off")] == [3]
+    assert weights(tmp_path / "off" / "last.pt")["iter"] == 3
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -715,9 +742,9 @@ def test_resumption(script, cli, tmp_path):
     """To the bit, with the flags of the run; what is typed wins."""
     whole = tmp_path / "whole"
     split = tmp_path / "split"
-    flags = [*RUN, "--flip", "--ema", 0.9 if script == "gan_qp" else 0]  # slow, and shared code
+    flags = [*RUN, "--flip"]
     assert cli(script, *flags, "--out", whole)[0] == 0
-    assert cli(script, *flags, "--iters", 5, "--out", split)[0] == 0
+    assert cli(script, *flags, "--iters", 5, "--out", split, "--resume")[0] == 0  # starts
     with open(split / "log.jsonl", "a") as file:
         file.write('{"iter": 6, "d_lo')  # torn
     resume = ["--out", split, "--resume"]
@@ -732,25 +759,23 @@ def test_resumption(script, cli, tmp_path):
     for name in ("opt_G", "opt_D"):
         (group,) = after[name]["param_groups"]
         assert group["lr"] == 0.5 and list(group["betas"]) == [0.25, 0.75]
-    refused(cli(script, *resume, "--img-size", 32), "other networks")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        cli(script, *resume, "--img-size", 32)
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        ("gan_qp", ["--pairwise"]),
-        ("gan_qp", ["--metric", "l2", "--power", "4"]),
-        ("wgan_gp", ["--constraint", "div"]),
-        ("wgan_gp", ["--constraint", "sn"]),
-        ("wgan_gp", ["--constraint", "clip"]),
-        ("wgan_gp", ["--precision", "bf16"]),
-        ("sgan_sn", ["--no-sn", "--precision", "bf16"]),
-    ],
-)
-def test_variants(script, flags, cli, tmp_path):
-    assert cli(script, *TINY, *flags, "--iters", 2, "--out", tmp_path)[0] == 0
-    largest = max(p.abs().max() for p in weights(tmp_path / "last.pt")["D"].values())
-    assert (largest <= 0.01) == ("clip" in flags)
+def test_other_versions_and_copies_resume(cli, tmp_path):
+    """A renamed copy continues a run, also one of the version that had --ema."""
+    assert cli("gan_qp", *TINY, "--iters", 2, "--out", tmp_path)[0] == 0
+    state = weights(tmp_path / "last.pt")
+    del state["args"]["average"]
+    state["args"] |= {"ema": 0.99, "interpolate": False}
+    torch.save({**state, "script": "gan_qp"}, tmp_path / "last.pt")
+    (tmp_path / "my_gan.py").write_text((HERE / "gan_qp.py").read_text())
+    resume = ["--resume", "--iters", 3, "--out", tmp_path]
+    code, said, _ = cli(tmp_path / "my_gan", *resume)
+    assert code == 0 and "from iteration 3;" in said
+    args = weights(tmp_path / "last.pt")["args"]
+    assert args["average"] == 0.1 and "ema" not in args
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -774,37 +799,36 @@ def test_the_loop_does_not_wait_for_the_device(script, cli, tmp_path):
 
 
 def test_average_of_the_generator(cli, tmp_path):
-    """All steps so far with weights 1, 0.9, 0.81, ...: the initial weights have no share."""
-    for iters in (1, 2):
+    """A power function of the iteration: with --average 1/2, iterations 1, 2, 3 weigh 1, 3, 5."""
+    runs = []
+    for iters in (1, 2, 3):
         out = tmp_path / str(iters)
-        assert cli("gan_qp", *TINY, "--ema", 0.9, "--iters", iters, "--out", out)[0] == 0
-    one = weights(tmp_path / "1" / "last.pt")
-    two = weights(tmp_path / "2" / "last.pt")
-    name = "layers.0.weight"
-    torch.testing.assert_close(one["G_ema"][name], one["G"][name])
-    expected = (0.9 * one["G"][name] + two["G"][name]) / 1.9
-    torch.testing.assert_close(two["G_ema"][name], expected)
+        assert cli("gan_qp", *TINY, "--average", 0.5, "--iters", iters, "--out", out)[0] == 0
+        runs.append(weights(out / "last.pt"))
+    one, two, three = (run["G"]["layers.0.weight"] for run in runs)
+    average = runs[2]["G_ema"]
+    torch.testing.assert_close(average["layers.0.weight"], (one + 3 * two + 5 * three) / 9)
+    assert cli("gan_qp", *TINY, "--average", 0, "--iters", 3, "--out", tmp_path / "0")[0] == 0
+    last = weights(tmp_path / "0" / "last.pt")
+    assert torch.equal(last["G_ema"]["layers.0.weight"], last["G"]["layers.0.weight"])
 
     G = gan_qp.Generator(16, 8, 8)
-    G.load_state_dict(two["G_ema"])
+    G.load_state_dict(average)
     torch.manual_seed(0)
     features = G.linear(torch.randn(10**5, 8))  # batch norm has the averaged weights' statistics
     torch.testing.assert_close(G.norm.running_mean, features.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(G.norm.running_var, features.var(0), atol=0.1, rtol=0.1)
-    for training in (True, False):
-        gan_qp.generate(G.train(training), torch.randn(2, 8))
-        assert G.training == training
+    gan_qp.generate(G.train(), torch.randn(2, 8))
+    assert G.training
 
 
 REFUSED = {
     "--img-size 100": "power of two",
     "--iters 0": "--iters",
-    "--lr nan": "--lr",
-    "--lam -1": "--lam",
-    "--ema 1.5": "--ema",
+    "--lr nan": "learning rate",
     "--betas 0.5 1": "beta",
+    "--device tpu": "--device",
     "--batch-size 1": "--batch-size",
-    "--seed -1": "--seed",
     "--z-dim x": "--z-dim",
     "--max-channels 4 --img-size 512": "64",
     "--data nowhere": "a folder",
@@ -815,9 +839,6 @@ REFUSED = {
     "--data . --out run": "inside",
     "--data . --cache-dir cache": "inside",
     "--sample nothing.pt": "nothing.pt",
-    "--sample torn.pt": "torn.pt",
-    "--sample bomb.pt": "bomb.pt",
-    "--out damaged --resume": "last.pt",
     "--fid-every 1 --fid-weights nothing.pth": "--fid-weights",
 }
 
@@ -829,26 +850,47 @@ class Bomb:
 
 def test_mistakes_get_one_line(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"script": "gan_qp", "iter": 1, "args": Bomb()}, "bomb.pt")
-    for name in ("empty", "bad", "damaged"):
+    for name in ("empty", "bad"):
         Path(name).mkdir()
-    for name in ("torn.zip", "torn.pt", "bad/a.png", "damaged/last.pt", "empty/a.heic"):
+    for name in ("torn.zip", "bad/a.png", "empty/a.heic"):
         Path(name).write_bytes(b"PK\x03\x04 torn")
     for flags, word in REFUSED.items():
         refused(cli("gan_qp", *TINY, "--out", tmp_path.parent / "refused", *flags.split()), word)
-    assert not Path("ran-code").exists()
     refused(cli("gan_qp", *TINY, "--data", "", "--out", tmp_path.parent / "refused"), "a folder")
 
 
-def test_a_loss_that_is_not_finite(cli, tmp_path):
-    run = tmp_path / "run"
-    assert cli("gan_qp", *TINY, "--iters", 4, "--out", run)[0] == 0
-    state = weights(run / "last.pt")
-    state["D"]["linear.weight"].fill_(3e38)  # the next loss overflows
-    torch.save(state, run / "last.pt")
-    before = (run / "last.pt").read_bytes()
-    refused(cli("gan_qp", "--out", run, "--resume", "--iters", 9), "not finite")
-    assert (run / "last.pt").read_bytes() == before
+def test_checkpoints_are_not_executed(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"iter": 1, "args": Bomb()}, "last.pt")
+    for flags in (["--sample", "last.pt"], ["--resume", "--out", "."]):
+        with pytest.raises(pickle.UnpicklingError):
+            cli("gan_qp", *flags)
+    assert not Path("ran-code").exists()
+
+
+@pytest.mark.parametrize("failure", ["loss", "gradient", "disk"])
+def test_a_failure_leaves_the_checkpoint(failure, cli, tmp_path):
+    """A loss that is not finite, a finite one whose gradients spoil G, and a full disk."""
+    resource = pytest.importorskip("resource", reason="needs limits on files")
+    last = tmp_path / "last.pt"
+    assert cli("gan_qp", *TINY, "--max-channels", 64, "--iters", 1, "--out", tmp_path)[0] == 0
+    state = weights(last)
+    if failure == "loss":
+        state["D"]["linear.weight"].fill_(3e38)
+    if failure == "gradient":
+        state["opt_G"]["state"][0]["exp_avg"].fill_(math.nan)
+    torch.save(state, last)
+    before = last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if failure == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises((FloatingPointError, OSError, RuntimeError)) as raised:
+            cli("gan_qp", "--iters", 2, "--resume", "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (raised.type is FloatingPointError) == (failure != "disk")
+    assert last.read_bytes() == before and not list(tmp_path.glob("*.tmp*"))
 
 
 def test_an_error_while_a_grid_is_written_costs_nothing(cli, tmp_path, monkeypatch):
@@ -860,8 +902,9 @@ def test_an_error_while_a_grid_is_written_costs_nothing(cli, tmp_path, monkeypat
         save_grid(images, path, columns)
 
     monkeypatch.setattr(data, "save_grid", fail)
-    flags = [*TINY, "--iters", 9, "--sample-every", 5, "--out", tmp_path]
-    refused(cli("gan_qp", *flags), "Input/output error")
+    flags = [*TINY, "--iters", 9, "--sample-every", 5, "--save-every", 5, "--out", tmp_path]
+    with pytest.raises(OSError, match="Input/output error"):
+        cli("gan_qp", *flags)
     assert weights(tmp_path / "last.pt")["iter"] == 5
 
 
@@ -911,70 +954,51 @@ def test_sigkill_loses_nothing(cli, cache, tmp_path):
     assert [row["iter"] for row in log_of(out)] == list(range(1, 61))
 
 
-def test_disk_full(cli, tmp_path):
-    resource = pytest.importorskip("resource", reason="needs limits on files")
-    assert cli("gan_qp", *TINY, "--max-channels", 64, "--iters", 1, "--out", tmp_path)[0] == 0
-    before = (tmp_path / "last.pt").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises((OSError, RuntimeError)):
-            cli("gan_qp", "--iters", 2, "--resume", "--out", tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / "last.pt").read_bytes() == before
-    assert not list(tmp_path.glob("*.tmp*"))
-
-
 def torchrun(*words):
     """Two processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    return start(*launch, *words, start_new_session=True)
+    return start(*launch, *words)
 
 
-def test_two_processes_share_each_batch(cache, tmp_path, monkeypatch):
-    """Each takes its half of images and noise, and both step down the mean of their gradients."""
-    flags = [*TINY, "--d-steps", 1, "--iters", 1, "--cache-dir", cache, "--out", tmp_path]
-    process = torchrun(HERE / "wgan_gp.py", *flags)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    saved = weights(tmp_path / "last.pt")
+def test_two_machines_share_each_batch(cli, cache, tmp_path):
+    """Only the first sees the checkpoint. Each takes its half of images and noise."""
+    out = tmp_path / "0" / "run"
+    assert cli("wgan_gp", *TINY, "--d-steps", 1, "--iters", 1, "--out", out)[0] == 0
+    before = weights(out / "last.pt")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    (tmp_path / "1").mkdir()
+    words = [HERE / "wgan_gp.py", "--iters", 2, "--out", "run", "--resume"]
+    machines = [start(*words, cwd=tmp_path / str(rank), RANK=rank, **group) for rank in (0, 1)]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "from iteration 2;" in said[0] and not (tmp_path / "1" / "run").exists()
+    after = weights(out / "last.pt")
 
-    # the same in one process, for both ranks in turns
-    args = argparse.Namespace(**saved["args"])
-    device = torch.device("cpu")
-    images = data.load_images("synthetic:12", 16, cache)
-    state = wgan_gp.build(args, device)
-    before = {name: wgan_gp.build(args, device)[name].state_dict() for name in ("G", "D")}
-    seed = int(np.random.SeedSequence((0, 1)).generate_state(1)[0])
+    # their losses, computed here
+    G = wgan_gp.Generator(16, 8, 8)
+    D = wgan_gp.Discriminator(16, 8)
+    D_after = wgan_gp.Discriminator(16, 8)
+    for network, state in ((G, before["G"]), (D, before["D"]), (D_after, after["D"])):
+        network.load_state_dict(state)
+    torch.manual_seed(int(np.random.SeedSequence((0, 2)).generate_state(1)[0]))
+    z = [torch.randn(4, 8).chunk(2) for _ in range(2)]
+    t = torch.rand(4, 1, 1, 1).chunk(2)
     losses = {"D": [], "G": []}
-    monkeypatch.setattr(wgan_gp, "WORLD", 2)
-    for part, which in enumerate("DG"):
-        for rank in (0, 1):
-            monkeypatch.setattr(wgan_gp, "RANK", rank)
-            x_real = data.Batches(images, 4, "cpu", rank=rank, world=2)[part]
-            torch.manual_seed(seed)
-            z = torch.randn(4, 8).chunk(2)[rank]
-            if which == "D":
-                x_fake = state["G"](z).detach()
-                losses["D"].append(wgan_gp.discriminator_loss(state["D"], x_real, x_fake, args)[0])
-            else:
-                torch.rand(4, 1, 1, 1)  # the points of the gradient penalty
-                x_fake = state["G"](torch.randn(4, 8).chunk(2)[rank])
-                losses["G"].append(wgan_gp.generator_loss(state["D"], x_real, x_fake, args))
-        state[f"opt_{which}"].zero_grad()
-        (sum(losses[which]) / 2).backward()
-        state[f"opt_{which}"].step()
-
-    for which in "GD":
-        steps = []
-        for after in (saved[which], state[which].state_dict()):
-            names = [name for name, _ in state[which].named_parameters()]
-            steps.append(torch.cat([(after[n] - before[which][n]).flatten() for n in names]))
-        assert F.cosine_similarity(*steps, dim=0) > 0.999
-    logged = log_of(tmp_path)[0]
-    assert logged["d_loss"] == pytest.approx(sum(losses["D"]).item() / 2, rel=1e-5)
-    assert logged["g_loss"] == pytest.approx(sum(losses["G"]).item() / 2, rel=1e-5)
+    for rank in (0, 1):
+        images = data.load_images("synthetic:12", 16, cache)
+        x_real = data.Batches(images, 4, "cpu", rank=rank, world=2)[2]
+        x_fake = G(z[0][rank]).detach()
+        penalty = wgan_gp.gradient_penalty(D, x_real, x_fake, t[rank])
+        losses["D"].append((D(x_fake) - D(x_real)).mean() + 10 * penalty)
+        losses["G"].append(-D_after(G(z[1][rank])).mean())
+    for name, network in (("D", D), ("G", G)):
+        expected = torch.autograd.grad(sum(losses[name]) / 2, list(network.parameters()))
+        state = after[f"opt_{name}"]["state"]  # with beta1 = 0, exp_avg is the gradient
+        for i, gradient in enumerate(expected):
+            torch.testing.assert_close(state[i]["exp_avg"], gradient, rtol=1e-3, atol=1e-5)
+    assert log_of(out)[-1]["d_loss"] == pytest.approx(losses["D"][0].item(), rel=1e-5)
 
 
 def test_two_processes_stop_together(cache, tmp_path):
@@ -982,18 +1006,19 @@ def test_two_processes_stop_together(cache, tmp_path):
     wait_for(tmp_path / "last.pt", process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     said = process.communicate(timeout=60)[0]
-    assert said.count("stopped and saved") == 1, said
+    assert said.count("saved at iteration") == 1, said
     assert weights(tmp_path / "last.pt")["iter"] == log_of(tmp_path)[-1]["iter"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_cuda(script, cli, monkeypatch, tmp_path):
-    flags = [*TINY, "--device", "cuda", "--ema", 0.9, "--out", tmp_path / "run"]
+    flags = [*TINY, "--device", "cuda", "--out", tmp_path / "run"]
     assert cli(script, *flags, "--iters", 3)[0] == 0
     assert cli(script, "--out", tmp_path / "run", "--resume", "--iters", 5)[0] == 0
     saved = weights(tmp_path / "run" / "last.pt")
-    assert saved["iter"] == 5 and saved["args"]["precision"] == "bf16"
+    native = torch.cuda.get_device_capability() >= (8, 0)  # a T4 or V100 only emulates bf16
+    assert saved["iter"] == 5 and saved["args"]["precision"] == ("bf16" if native else "fp32")
     sampling = ["--sample", tmp_path / "run" / "last.pt", "--out", tmp_path / "x.png"]
     assert cli(script, *sampling)[0] == 0
     assert np.asarray(Image.open(tmp_path / "x.png")).std() > 0
@@ -1132,12 +1157,12 @@ def test_sets_of_images(tmp_path, cli, inception_file):
 
 
 def test_fid_in_training(inception_file, cli, tmp_path):
-    flags = [*TINY, "--iters", 4, "--log-every", 4]
+    flags = [*TINY, "--iters", 5, "--log-every", 4]
     measured = ["--fid-every", 2, "--fid-samples", 6, "--fid-weights", inception_file]
     assert cli("gan_qp", *flags, "--out", tmp_path / "off")[0] == 0
     assert cli("gan_qp", *flags, *measured, "--out", tmp_path / "on")[0] == 0
     log = [row for row in log_of(tmp_path / "on") if "fid" in row]
-    assert [row["iter"] for row in log] == [2, 4] and all(row["fid"] > 0 for row in log)
+    assert [row["iter"] for row in log] == [2, 4, 5] and all(row["fid"] > 0 for row in log)
     assert_same(weights(tmp_path / "on" / "last.pt"), weights(tmp_path / "off" / "last.pt"))
     best = min(log, key=lambda row: row["fid"])["iter"]
     assert weights(tmp_path / "on" / "best.pt")["iter"] == best
@@ -1211,4 +1236,4 @@ def test_readme_flags(cli):
         assert code == 0
         known |= set(re.findall(r"--[a-z][a-z-]+", out))
     used = set(re.findall(r"--[a-z][a-z-]+", text))
-    assert used <= known | {"--nproc-per-node"}
+    assert used <= known | {"--nproc-per-node", "--ema"}  # torchrun's, an earlier version's

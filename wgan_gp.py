@@ -24,7 +24,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import update_bn
@@ -40,7 +38,6 @@ from torch.optim.swa_utils import update_bn
 import data
 import fid
 
-SCRIPT = Path(__file__).stem
 RANK = int(os.environ.get("RANK", 0))  # which of the WORLD processes this is, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm of Keras, whose momentum 0.99 is 0.01 here
@@ -170,66 +167,44 @@ def clip_weights(D):
         parameter.clamp_(-0.01, 0.01)
 
 
-def discriminator_loss(D, x_real, x_fake, args):
-    """-> loss to minimise, estimate of the distance, mean of |delta| / d: three scalars."""
-    score_real, score_fake = D(torch.cat([x_real, x_fake])).chunk(2)  # no batch norm: one pass
-    delta = score_real - score_fake
-    loss = -delta.mean()
-    if args.constraint == "gp":
-        t = torch.rand(args.batch_size, 1, 1, 1, device=x_real.device).chunk(WORLD)[RANK]
-        loss = loss + args.gp_weight * gradient_penalty(D, x_real, x_fake, t)
-    if args.constraint == "div":
-        loss = loss + divergence_penalty(D, x_real, x_fake)
-    lipschitz = (delta.abs() / pair_distance(x_real, x_fake).clamp_min(1e-4)).mean()
-    return loss, delta.mean(), lipschitz
+# --------------------------------------------------------------------------------- one iteration
+def train_iteration(x_real, z, G, D, opt_G, opt_D, args):
+    """args.d_steps updates of the critic, then one of the generator: the whole method.
 
-
-def generator_loss(D, x_real, x_fake, args):
-    """-> loss to minimise: E[-T(x_f)]."""
-    return -D(x_fake).mean()
-
-
-# -------------------------------------------------------------------------------------- training
-def train_iteration(it, state, batches, args):
-    """Iteration `it` (from 1): args.d_steps discriminator updates, then one generator update.
-
-    state: networks and optimizers, as `build` makes them; batches: a data.Batches.
-    Returns the last losses by name, as scalar tensors, without waiting for the GPU.
+    x_real: real batches, (B, 3, S, S) in [-1, 1], one for each update of D; z: noise, (B, z_dim),
+    one for each update, G's last. Returns the last losses by name, as scalar tensors, without
+    waiting for the GPU.
     """
-    G = state["G"]
-    D = state["D"]
-    device = batches.device
-    first = (it - 1) * (args.d_steps + 1)  # number of its first batch
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    amp = torch.autocast(z[0].device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    # all randomness follows from the seed and `it`, so that a run can be resumed exactly
-    torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
-
-    def noise():  # this process's part of it: (batch_size / WORLD, z_dim)
-        return torch.randn(args.batch_size, args.z_dim, device=device).chunk(WORLD)[RANK]
-
-    # discriminator: tell real from generated images
+    # critic: tell real from generated images
     for step in range(args.d_steps):
-        x_real = batches[first + step]
         with amp:
             with torch.no_grad():
-                x_fake = G(noise())
-            d_loss, divergence, lipschitz = discriminator_loss(D, x_real, x_fake, args)
-        update(state["opt_D"], d_loss)
+                x_fake = G(z[step])
+            score_real, score_fake = D(torch.cat([x_real[step], x_fake])).chunk(2)
+            delta = score_real - score_fake
+            d_loss = -delta.mean()
+            if args.constraint == "gp":
+                t = torch.rand(WORLD * len(x_fake), 1, 1, 1, device=x_fake.device)
+                t = t.chunk(WORLD)[RANK]  # as in one process
+                d_loss = d_loss + args.gp_weight * gradient_penalty(D, x_real[step], x_fake, t)
+            if args.constraint == "div":
+                d_loss = d_loss + divergence_penalty(D, x_real[step], x_fake)
+        update(opt_D, d_loss)
+        if args.constraint == "clip":
+            clip_weights(D)
+    distance = pair_distance(x_real[step], x_fake)
+    lipschitz = (delta.abs() / distance.clamp_min(1e-4)).mean()  # of the last step: for the log
 
     # generator: make images that score like real ones
     D.requires_grad_(False)  # its gradients would be wasted work
-    x_real = batches[first + args.d_steps]  # only gan_qp.py --pairwise uses it
     with amp:
-        g_loss = generator_loss(D, x_real, G(noise()), args)
-    update(state["opt_G"], g_loss)
+        g_loss = -D(G(z[-1])).mean()
+    update(opt_G, g_loss)
     D.requires_grad_(True)
 
-    # average of the generator's weights; bias-corrected, so that the initial ones do not count
-    if args.ema:
-        share = (1 - args.ema) / (1 - args.ema**it)
-        for average, weight in zip(state["G_ema"].parameters(), G.parameters(), strict=True):
-            average.detach().lerp_(weight.detach(), share)
+    divergence = delta.mean()
     losses = {"d_loss": d_loss, "g_loss": g_loss, "divergence": divergence, "lipschitz": lipschitz}
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -246,14 +221,17 @@ def update(optimizer, loss):
     optimizer.step()
 
 
-def build(args, device):
-    """Returns the state of a new run. Without --ema, G_ema is G itself."""
+# -------------------------------------------------------------------------------------- training
+def train(args, images, checkpoint, inception):
+    """Train to args.iters on images of data.load_images; checkpoint and inception may be None."""
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
+
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, sn=args.constraint == "sn")
-    G_ema = copy.deepcopy(G) if args.ema else G
-    if WORLD > 1 and device.type == "cuda":
-        # in place; a separate G_ema keeps plain batch norm, since the first process runs it alone
+    G_ema = copy.deepcopy(G)  # before the conversion, since the first process runs it alone
+    if WORLD > 1 and args.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(G)
         nn.SyncBatchNorm.convert_sync_batchnorm(D)
     for network in (G, D, G_ema):
@@ -261,69 +239,91 @@ def build(args, device):
     adam = {"lr": args.lr, "betas": args.betas, "eps": 1e-7, "fused": True}  # Keras' epsilon
     opt_G = torch.optim.Adam(G.parameters(), **adam)
     opt_D = torch.optim.Adam(D.parameters(), **adam)
-    if args.constraint == "clip":
-        opt_D.register_step_post_hook(lambda *_: clip_weights(D))
-    return {"G_ema": G_ema, "G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
+    state = {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
 
+    start, log = 0, []
+    if checkpoint:
+        start, log = checkpoint["iter"], checkpoint["log"]
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        for optimizer in (opt_G, opt_D):  # what is typed wins
+            optimizer.param_groups[0].update(lr=args.lr, betas=args.betas)
 
-def train(args, checkpoint):
-    """Train from a checkpoint (of iteration 0 for a new run) to args.iters, or until a signal."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # fp32 means fp32, not TF32
-    if WORLD > 1:
-        # an hour: the others wait while the first process prepares images or measures FID
-        torch.distributed.init_process_group(timeout=timedelta(hours=1))
-
-    data.check_outside(args.out, args.data)
-    state = build(args, device)
-    if checkpoint["iter"] > 0:
-        restore(state, checkpoint, args)
-    if RANK > 0:
-        torch.distributed.barrier()  # until the first process has prepared the images
-    images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=RANK > 0)
-    if WORLD > 1 and RANK == 0:
-        torch.distributed.barrier()
     batches = data.Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
-    run = Run(args, state, images, checkpoint) if RANK == 0 else None
-    every = {"log": args.log_every, "grid": args.sample_every, "save": args.save_every}
-    every["fid"] = args.fid_every
+    out = Path(args.out)
+    rng = torch.Generator().manual_seed(args.seed)  # the same noise for all grids and FIDs
+    z_fixed = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=rng).to(device)
+    columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
+    if RANK == 0:
+        start_folder(out, args, log)
+        data.save_grid(data.evenly_spaced(images, columns**2), out / "real.png", columns)
+        if inception:
+            real_stats = fid.measure(fid.list_images(images.filename), inception)
+        print(f"{args.device}, {args.precision}: training from iteration {start + 1}; Ctrl-C saves")
     signals = catch_signals()
+    sec = log[-1]["sec"] if log else 0.0  # of training alone
+    logged_it, logged_sec = start, sec  # of the last row
+    clock = time.perf_counter()
 
-    for it in range(checkpoint["iter"] + 1, args.iters + 1):
-        losses = train_iteration(it, state, batches, args)
+    for it in range(start + 1, args.iters + 1):
+        # all randomness follows from the seed and `it`: on a CPU, a run is resumed to the bit
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
+        first = (it - 1) * (args.d_steps + 1)  # number of its first batch
+        x_real = [batches[first + step] for step in range(args.d_steps)]
+        shape = (args.batch_size, args.z_dim)  # of all processes together
+        z = [torch.randn(shape, device=device).chunk(WORLD)[RANK] for _ in range(args.d_steps + 1)]
+        losses = train_iteration(x_real, z, G, D, opt_G, opt_D, args)
 
-        due = {what for what, n in every.items() if n and (it % n == 0 or it == args.iters)}
-        if it == checkpoint["iter"] + 1:
-            due.add("log")
-        if it == 100:
-            due.add("grid")
-        if not due and (WORLD > 1 or not signals):  # several processes can only stop together
-            continue
+        # average of G's weights over about the last tenth of the run (Karras et al., arXiv
+        # 2312.02696, power function): the same at 1,000 iterations and at 100,000
+        share = 1 - (1 - 1 / it) ** (1 / args.average) if args.average else 1
+        for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
+            average.detach().lerp_(weight.detach(), share)
 
-        # up to here nothing waits for the GPU
-        values = torch.stack([*losses.values(), torch.tensor(float(len(signals)), device=device)])
-        if WORLD > 1:
-            torch.distributed.all_reduce(values)
-            values /= WORLD
-        total = values.sum() + sum(weight.sum() for weight in state["G"].parameters())
-        if not total.isfinite():
-            raise ValueError("the loss is not finite: go on with --resume and a lower --lr")
-        *values, stop = values.tolist()
-        if run:
-            losses = dict(zip(losses, values, strict=True))
-            run.write(it, losses, {"log", "grid", "save"} if stop else due)
+        stop = it == args.iters or (WORLD == 1 and len(signals) > 0)
+        if WORLD > 1 and it % 10 == 0:  # several processes can only stop together
+            votes = torch.tensor(len(signals), device=device)
+            torch.distributed.all_reduce(votes)
+            stop = stop or votes.item() > 0
+        fid_now = due(it, args.fid_every, also=args.iters)
+        log_now = due(it, args.log_every, also=1) or fid_now or stop
+        save_now = due(it, args.save_every) or fid_now or stop
+        grid_now = due(it, args.sample_every, also=100) or stop
+        if RANK == 0 and (log_now or save_now or grid_now):
+            row = {"iter": it, **{name: loss.item() for name, loss in losses.items()}}
+            sec += time.perf_counter() - clock
+            total = sum(row.values()) + sum(weight.sum().item() for weight in G.parameters())
+            if not math.isfinite(total):
+                raise FloatingPointError("the loss or G is not finite: --resume with a lower --lr")
+            if save_now or grid_now:
+                update_bn(z_fixed[:2048].split(32), G_ema)  # its statistics are not averaged
+            if fid_now:
+                row["fid"] = measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real_stats)
+            if log_now:
+                images_seen = (it - logged_it) * args.d_steps * args.batch_size
+                row |= {"sec": sec, "img_per_sec": images_seen / (sec - logged_sec)}
+                logged_it, logged_sec = it, sec
+                log.append(row)
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
+            if save_now:
+                save(out / "last.pt", it, args, log, state)
+            if fid_now and row["fid"] == min(old["fid"] for old in log if "fid" in old):
+                save(out / "best.pt", it, args, log, state)
+            if grid_now:
+                grid = generate(G_ema, z_fixed[: columns**2])
+                data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
+            clock = time.perf_counter()
         if stop:
             break
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook lives on
+    if RANK == 0:
+        print(f"saved at iteration {log[-1]['iter']} of {args.iters} in {out}; --resume continues")
 
-    if run and run.logged_it < args.iters:
-        print(f"stopped and saved at iteration {run.logged_it}; add --resume to continue")
-    elif run:
-        print(f"done: samples and progress.gif are in {args.out}, the weights in last.pt there")
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
+
+def due(it, every, also=None):
+    return every > 0 and (it % every == 0 or it == also)
 
 
 def catch_signals():
@@ -335,121 +335,35 @@ def catch_signals():
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
             signal.signal(number, signal.SIG_DFL)
 
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, catch)
     return signals
 
 
 # ------------------------------------------------------------------------------ the run's folder
-class Run:
-    """What the first process writes into the run's folder. Nothing here changes the training."""
-
-    def __init__(self, args, state, images, checkpoint):
-        self.args = args
-        self.state = state
-        self.out = Path(args.out)
-        self.log = checkpoint["log"]
-        self.logged_it = checkpoint["iter"]
-        self.columns = min(9, 2048 // args.img_size)  # a grid is about 2,000 px wide at most
-
-        # the same noise for all grids, for FID, and for the average's batch norm
-        rng = torch.Generator().manual_seed(args.seed)
-        z = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=rng)
-        self.z = z.to(args.device)
-        if args.fid_every:
-            self.inception = fid.load_inception(args.fid_weights, args.device)
-            self.real_stats = fid.measure(fid.list_images(images.filename), self.inception)
-
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        device_name = torch.cuda.get_device_name() if self.z.is_cuda else platform.machine()
-        head = {**vars(args), "python": platform.python_version(), "device_name": device_name}
-        head |= {module.__name__: module.__version__ for module in (torch, torchvision)}
-        rows = [json.dumps(row) + "\n" for row in self.log]  # without those after the checkpoint
-        with data.atomic_write(self.out / "args.json") as beside:
-            beside.write_text(json.dumps(head, indent=1))
-        with data.atomic_write(self.out / "log.jsonl") as beside:
-            beside.write_text("".join(rows))
-        real = data.evenly_spaced(images, self.columns**2)
-        data.save_grid(real, self.out / "real.png", self.columns)
-        print(f"training on {device_name} in {args.precision}; Ctrl-C saves and ends", flush=True)
-        self.clock = time.perf_counter()
-
-    def write(self, it, losses, due):
-        """Write what is due: any of "log", "grid", "save" and "fid"."""
-        sec = time.perf_counter() - self.clock
-        G = self.state["G_ema"]
-        if self.args.ema and due != {"log"}:
-            # the statistics of averaged weights are not the average of their statistics
-            update_bn(self.z[:2048].split(32), G)
-        try:
-            if "grid" in due:
-                images = generate(G, self.z[: self.columns**2])
-                data.save_grid(images, self.out / "samples" / f"{it:06d}.png", self.columns)
-            if due & {"log", "fid"}:
-                self.write_row(it, losses, sec, "fid" in due)
-        except OSError:  # of a network drive, say
-            self.write(it, losses, {"save"})
-            raise
-        if due & {"save", "fid"}:
-            self.save(it, "last.pt")
-        if it == self.args.iters:
-            data.save_animation(self.out / "samples", self.out / "progress.gif")
-
-    def write_row(self, it, losses, sec, measure_fid):
-        """Add a row to the log and print it. Its time excludes FID and the grid."""
-        before = self.log[-1]["sec"] if self.log else 0.0
-        images = (it - self.logged_it) * self.args.d_steps * self.args.batch_size
-        row = {"iter": it, **losses, "sec": before + sec, "img_per_sec": images / sec}
-        best = min((old["fid"] for old in self.log if "fid" in old), default=math.inf)
-        self.log.append(row)
-        if measure_fid:
-            stats = fid.FeatureStats()
-            for z in self.z[: self.args.fid_samples].split(64):
-                stats.update(self.inception(generate(self.state["G_ema"], z)))
-            row["fid"] = fid.frechet_distance(stats.mean, stats.cov, *self.real_stats)
-            if row["fid"] < best:
-                self.save(it, "best.pt")
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
-        self.logged_it = it
-        self.clock = time.perf_counter()
-
-    def save(self, it, name):
-        """Write a checkpoint, from which the run can be continued and images can be made."""
-        checkpoint = {"script": SCRIPT, "iter": it, "args": vars(self.args), "log": self.log}
-        for key, part in self.state.items():
-            checkpoint[key] = part.state_dict()
-        with data.atomic_write(self.out / name) as beside:
-            torch.save(checkpoint, beside)
+def start_folder(out, args, log):
+    """Write args.json and log.jsonl, the latter without rows that are newer than the checkpoint."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    head = {**vars(args), **versions, "device_name": device_name}
+    with data.atomic_write(out / "args.json") as beside:
+        beside.write_text(json.dumps(head, indent=1))
+    with data.atomic_write(out / "log.jsonl") as beside:
+        beside.write_text("".join(json.dumps(row) + "\n" for row in log))
 
 
-def load_checkpoint(path):
-    """-> what `Run.save` wrote, without executing code in it. Raises ValueError for other files."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-    except Exception as error:  # torch raises a different one for each kind of damage
-        raise ValueError(f"{path} cannot be loaded as a checkpoint: {error!r:.99}") from error
-    if script != SCRIPT:
-        raise ValueError(f"{path} is a checkpoint of {script}.py")
-    return checkpoint
+def save(path, it, args, log, state):
+    """Write a checkpoint, from which the run can be continued and images can be made."""
+    checkpoint = {"iter": it, "args": vars(args), "log": log}
+    for name, part in state.items():
+        checkpoint[name] = part.state_dict()
+    with data.atomic_write(path) as beside:
+        torch.save(checkpoint, beside)
 
 
-def restore(state, checkpoint, args):
-    """Load a checkpoint into the state, except --lr and --betas, which come from args."""
-    try:
-        for name, part in state.items():  # G last of the generators, for G_ema may be G itself
-            part.load_state_dict(checkpoint[name])
-    except RuntimeError as error:  # weights of another shape
-        advice = "leave out the flags that shape them"
-        raise ValueError(f"the run in {args.out} has other networks: {advice}") from error
-    for name in ("opt_G", "opt_D"):
-        state[name].param_groups[0].update(lr=args.lr, betas=args.betas)
-
-
-# -------------------------------------------------------------------------------------- sampling
 @torch.no_grad()
 def generate(G, z):
     """Noise (N, z_dim) -> uint8 images (N, 3, S, S), in evaluation mode and without autocast."""
@@ -460,28 +374,25 @@ def generate(G, z):
     return torch.cat(images)
 
 
+def measure_fid(G, z, inception, real_stats):
+    stats = fid.FeatureStats()
+    for part in z.split(64):
+        stats.update(inception(generate(G, part)))
+    return fid.frechet_distance(stats.mean, stats.cov, *real_stats)
+
+
 def sample(args):
     """Write images of the generator in args.sample to args.out: one grid, or a folder of PNGs."""
-    checkpoint = load_checkpoint(args.sample)
+    checkpoint = torch.load(args.sample, map_location="cpu", weights_only=True)
     flags = checkpoint["args"]
     G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
     G.load_state_dict(checkpoint["G_ema"])
     G.to(args.device, memory_format=torch.channels_last)
-
     rng = torch.Generator().manual_seed(args.seed)
     z = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
-    columns = math.ceil(args.num_samples**0.5)
-    if args.interpolate:
-        # rotate one noise by 90 degrees to another: every point between is standard normal too
-        columns = 8
-        rows = math.ceil(args.num_samples / columns)
-        start, goal = torch.randn(2, rows, 1, flags["z_dim"], generator=rng)
-        angle = torch.linspace(0, math.pi / 2, columns)[:, None]
-        z = (angle.cos() * start + angle.sin() * goal).flatten(0, 1)[: args.num_samples]
-
     out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
     if out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        columns = math.ceil(args.num_samples**0.5)
         data.save_grid(generate(G, z.to(args.device)), out, columns)
     else:
         out.mkdir(parents=True)
@@ -493,7 +404,7 @@ def sample(args):
 
 # ------------------------------------------------------------------------------ the command line
 def parse_args(parser):
-    """-> the flags, and the checkpoint from which to train."""
+    """-> the flags, and the checkpoint from which to train (None: anew)."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     flag = parser.add_argument
     flag("--data", default="synthetic", help=data.SOURCES)
@@ -509,50 +420,48 @@ def parse_args(parser):
     flag("--betas", type=float, nargs=2, default=[0.0, 0.9], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
     flag("--max-channels", type=int, default=2048, help="upper limit on the channels of a layer")
-    flag("--ema", type=float, default=0.0, help="decay of an averaged generator (0: off)")
+    flag("--average", type=float, default=0.1, help="share of the run in G's average (0: none)")
     flag("--seed", type=int, default=0, help="random seed")
     flag("--device", choices=devices, default=devices[0], help="where to run")
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on CUDA")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 if GPU has it")
     flag("--out", help="folder of the run (runs/SCRIPT-SIZE); with --sample a picture or a folder")
     flag("--resume", action="store_true", help="continue the run in --out with its flags, or start")
-    flag("--log-every", type=int, default=50, help="iterations between rows of the log")
-    flag("--sample-every", type=int, default=500, help="iterations between grids")
-    flag("--save-every", type=int, default=1000, help="iterations between saves")
+    flag("--log-every", type=int, default=50, help="iterations between log rows (0: at the end)")
+    flag("--sample-every", type=int, default=500, help="iterations between grids (0: at the end)")
+    flag("--save-every", type=int, default=1000, help="iterations between saves (0: at the end)")
     flag("--fid-every", type=int, default=0, help="iterations between FIDs (0: off)")
     flag("--fid-samples", type=int, default=10000, help="generated images for each FID")
     flag("--fid-weights", help="file of Inception weights (default: download them)")
     flag("--sample", metavar="CKPT", help="do not train, but write images from this checkpoint")
     flag("--num-samples", type=int, default=64, help="how many images")
-    flag("--interpolate", action="store_true", help="rows from one noise to another")
     args = parser.parse_args()
+    if args.sample:
+        return args, None
 
-    checkpoint = {"iter": 0, "log": []}  # of a new run
-    if args.sample is None:
-        args.out = args.out or f"runs/{SCRIPT}-{args.img_size}"
-        last = Path(args.out, "last.pt")
-        if last.exists() and not args.resume:
+    args.out = os.path.expanduser(args.out or f"runs/{Path(__file__).stem}-{args.img_size}")
+    checkpoint = None
+    last = Path(args.out, "last.pt")
+    if last.exists():
+        if not args.resume:
             raise ValueError(f"{args.out} holds a run: add --resume, or name another --out")
-        if last.exists():
-            checkpoint = load_checkpoint(last)
-            flags = {name: old for name, old in checkpoint["args"].items() if name in args}
-            parser.set_defaults(**{**flags, "out": args.out})
-            args = parser.parse_args()  # what is typed wins
+        checkpoint = torch.load(last, map_location="cpu", weights_only=True)
+        flags = {name: old for name, old in checkpoint["args"].items() if name in args}
+        flags |= {"out": args.out, "device": args.device}
+        args = parser.parse_args(namespace=argparse.Namespace(**flags))  # what is typed wins
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
     if args.precision == "auto":
-        args.precision = "bf16" if args.device == "cuda" else "fp32"
-
-    for name, value in vars(args).items():
-        may_be_zero = name in ("seed", "ema", "fid_every")
-        if type(value) in (int, float) and not (value > 0 or may_be_zero and value == 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
-    if args.ema >= 1 or args.batch_size < 2 * WORLD:
-        raise ValueError("--ema must be below 1, and --batch-size 2 or more for each process")
+        native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if native else "fp32"
+    layer_widths(args.img_size, args.max_channels)  # raises ValueError, as do the next two
+    torch.optim.Adam([torch.zeros(1)], args.lr, args.betas)
+    data.check_outside(args.out, args.data)
+    if min(args.iters, args.d_steps) < 1 or args.batch_size < 2 * WORLD:
+        raise ValueError("--iters and --d-steps must be 1 or more, --batch-size 2 for each process")
     return args, checkpoint
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be valid text
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]    (-h lists them)",
         description=__doc__.splitlines()[0],
@@ -560,14 +469,26 @@ def main():
     )
     try:
         args, checkpoint = parse_args(parser)
-        if args.sample is not None:
-            sample(args)
-        else:
-            train(args, checkpoint)
-    except torch.OutOfMemoryError:
-        parser.error("out of GPU memory: lower --batch-size, --max-channels or --num-samples")
-    except (ValueError, OSError) as error:
+        if args.sample:
+            return sample(args)
+        if WORLD > 1:
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # an hour: the others wait while the first process prepares images or measures FID
+            torch.distributed.init_process_group(timeout=timedelta(hours=1))
+            first = [args, checkpoint]  # the first process's: other machines may not see its files
+            torch.distributed.broadcast_object_list(first)
+            args, checkpoint = first
+            if RANK == 0:
+                data.load_images(args.data, args.img_size, args.cache_dir)
+            torch.distributed.barrier()  # all others find the images prepared
+        images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=WORLD > 1)
+        inception = fid.load_inception(args.fid_weights, args.device) if args.fid_every else None
+    except (ValueError, OSError) as error:  # a mistake in the flags or the images
         parser.error(error)
+    train(args, images, checkpoint, inception)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
