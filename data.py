@@ -71,7 +71,7 @@ class Batches:
     this rank's part of global batch k: float32 (batch_size / world, 3, S, S) in [-1, 1] on
     `device`. Each epoch is a permutation of its own, so every image comes once before any comes
     twice. On CUDA the whole array moves to the device if it fits in half of the free memory;
-    otherwise a thread prepares the next batches in pinned memory.
+    otherwise a thread reads batch k + `ahead`, into pinned memory, while k is in use.
     """
 
     def __init__(self, images, batch_size, device, seed=0, flip=False, rank=0, world=1):
@@ -85,7 +85,8 @@ class Batches:
         self.local = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.resident = None  # all images, on the GPU
         self.thread = ThreadPoolExecutor(1)
-        self.ahead = {}  # batches that the thread is working on
+        self.ahead = 1
+        self.reads = {}  # batches that the thread is working on
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             if images.nbytes <= free / 2:
@@ -118,9 +119,10 @@ class Batches:
         if self.resident is not None:
             indices = self.pin(self.indices(k))
             return self.resident[indices.to(self.device, non_blocking=True)]
-        wanted = (k, k + 1, k + 2)
-        self.ahead = {j: self.ahead.get(j) or self.thread.submit(self.read, j) for j in wanted}
-        return self.ahead[k].result().to(self.device, non_blocking=True)
+        read = self.reads.get(k) or self.thread.submit(self.read, k)
+        self.reads = {j: later for j, later in self.reads.items() if k < j < k + self.ahead}
+        self.reads[k + self.ahead] = self.thread.submit(self.read, k + self.ahead)
+        return read.result().to(self.device, non_blocking=True)
 
     def read(self, k):
         return self.pin(self.images[self.indices(k)])

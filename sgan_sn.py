@@ -219,6 +219,7 @@ def train(args, images, checkpoint, inception):
             optimizer.param_groups[0].update(lr=args.lr, betas=args.betas)
 
     batches = data.Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
+    batches.ahead = args.d_steps + 1  # an iteration
     out = Path(args.out)
     rng = torch.Generator().manual_seed(args.seed)  # the same noise for all grids and FIDs
     z_fixed = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=rng).to(device)
@@ -243,8 +244,7 @@ def train(args, images, checkpoint, inception):
         z = [torch.randn(shape, device=device).chunk(WORLD)[RANK] for _ in range(args.d_steps + 1)]
         losses = train_iteration(x_real, z, G, D, opt_G, opt_D, args)
 
-        # average of G's weights over about the last tenth of the run (Karras et al., arXiv
-        # 2312.02696, power function): the same at 1,000 iterations and at 100,000
+        # average over the last share of the run (power function: Karras et al., arXiv 2312.02696)
         share = 1 - (1 - 1 / it) ** (1 / args.average) if args.average else 1
         for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
             average.detach().lerp_(weight.detach(), share)
