@@ -36,14 +36,14 @@ from torch.optim.swa_utils import update_bn
 import data
 import fid
 
-RANK = int(os.environ.get("RANK", 0))  # which of the WORLD processes this is, as torchrun says
+RANK = int(os.environ.get("RANK", 0))  # which of the WORLD processes this is: set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm of Keras, whose momentum 0.99 is 0.01 here
 
 
 # -------------------------------------------------------------------------------------- networks
 def layer_widths(img_size, max_channels=2048):
-    """Channels of the hidden layers: [64, 128, 256, 512, 1024] at 128 px, 8 * img_size at most."""
+    """Channels from the image inward: [64, 128, 256, 512, 1024] at 128 px, 8 * img_size at most."""
     if img_size not in (16, 32, 64, 128, 256, 512, 1024):
         raise ValueError(f"--img-size must be a power of two from 16 to 1024, not {img_size}")
     halvings = int(math.log2(img_size)) - 3
@@ -192,9 +192,9 @@ def update(optimizer, loss):
 
 # -------------------------------------------------------------------------------------- training
 def train(args, images, checkpoint, inception):
-    """Train to args.iters on images of data.load_images; checkpoint and inception may be None."""
+    """Train to args.iters, on images of data.load_images; inception: for FID, or None."""
     device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    torch.backends.cudnn.benchmark = True  # training batches have one shape
 
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
@@ -210,16 +210,15 @@ def train(args, images, checkpoint, inception):
     opt_D = torch.optim.Adam(D.parameters(), **adam)
     state = {"G": G, "D": D, "G_ema": G_ema, "opt_G": opt_G, "opt_D": opt_D}
 
-    start, log = 0, []
-    if checkpoint:
-        start, log = checkpoint["iter"], checkpoint["log"]
+    start, log = checkpoint["iter"], checkpoint["log"]
+    if start:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-        for optimizer in (opt_G, opt_D):  # what is typed wins
+        for optimizer in (opt_G, opt_D):  # typed flags win
             optimizer.param_groups[0].update(lr=args.lr, betas=args.betas)
 
     batches = data.Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
-    batches.ahead = args.d_steps + 1  # an iteration
+    batches.ahead = args.d_steps + 1  # read one iteration ahead
     out = Path(args.out)
     rng = torch.Generator().manual_seed(args.seed)  # the same noise for all grids and FIDs
     z_fixed = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=rng).to(device)
@@ -231,14 +230,13 @@ def train(args, images, checkpoint, inception):
             real_stats = fid.measure(fid.list_images(images.filename), inception)
         print(f"{args.device}, {args.precision}: training from iteration {start + 1}; Ctrl-C saves")
     signals = catch_signals()
-    sec = log[-1]["sec"] if log else 0.0  # of training alone
-    logged_it, logged_sec = start, sec  # of the last row
+    sec = log[-1]["sec"] if log else 0.0  # without saving, grids and FID
     clock = time.perf_counter()
 
     for it in range(start + 1, args.iters + 1):
-        # all randomness follows from the seed and `it`: on a CPU, a run is resumed to the bit
+        # all randomness follows from the seed and `it`: on a CPU, runs are resumed bit for bit
         torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
-        first = (it - 1) * (args.d_steps + 1)  # number of its first batch
+        first = (it - 1) * (args.d_steps + 1)  # G's batch counts too: --pairwise uses it
         x_real = [batches[first + step] for step in range(args.d_steps)]
         shape = (args.batch_size, args.z_dim)  # of all processes together
         z = [torch.randn(shape, device=device).chunk(WORLD)[RANK] for _ in range(args.d_steps + 1)]
@@ -255,43 +253,45 @@ def train(args, images, checkpoint, inception):
             torch.distributed.all_reduce(votes)
             stop = stop or votes.item() > 0
         fid_now = due(it, args.fid_every, also=args.iters)
-        log_now = due(it, args.log_every, also=1) or fid_now or stop
         save_now = due(it, args.save_every) or fid_now or stop
+        log_now = due(it, args.log_every, also=1) or save_now
         grid_now = due(it, args.sample_every, also=100) or stop
-        if RANK == 0 and (log_now or save_now or grid_now):
+        if RANK == 0 and (log_now or grid_now):  # the log holds the first process's losses
             row = {"iter": it, **{name: loss.item() for name, loss in losses.items()}}
             sec += time.perf_counter() - clock
             total = sum(row.values()) + sum(weight.sum().item() for weight in G.parameters())
-            if not math.isfinite(total):
+            if not math.isfinite(total):  # as a single NaN or infinity makes it
                 raise FloatingPointError("the loss or G is not finite: --resume with a lower --lr")
             if save_now or grid_now:
-                update_bn(z_fixed[:2048].split(32), G_ema)  # its statistics are not averaged
+                update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone are averaged
             if fid_now:
                 row["fid"] = measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real_stats)
             if log_now:
-                images_seen = (it - logged_it) * args.d_steps * args.batch_size
-                row |= {"sec": sec, "img_per_sec": images_seen / (sec - logged_sec)}
-                logged_it, logged_sec = it, sec
+                done, before = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
+                images_seen = (it - done) * args.d_steps * args.batch_size
+                row |= {"sec": sec, "img_per_sec": images_seen / (sec - before)}
                 log.append(row)
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
-            if save_now:
-                save(out / "last.pt", it, args, log, state)
             if fid_now and row["fid"] == min(old["fid"] for old in log if "fid" in old):
                 save(out / "best.pt", it, args, log, state)
+            if save_now:
+                save(out / "last.pt", it, args, log, state)
             if grid_now:
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
+            if log_now:  # last, for the terminal may be gone
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
             clock = time.perf_counter()
         if stop:
             break
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook lives on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for a notebook, which goes on
     if RANK == 0:
         print(f"saved at iteration {log[-1]['iter']} of {args.iters} in {out}; --resume continues")
 
 
 def due(it, every, also=None):
+    """Whether `it` is a multiple of `every`, or `also`; never if `every` is 0."""
     return every > 0 and (it % every == 0 or it == also)
 
 
@@ -302,7 +302,7 @@ def catch_signals():
     def catch(number, frame):
         signals.append(number)
         if number == signal.SIGINT:  # a second Ctrl-C ends at once
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.default_int_handler)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -327,8 +327,7 @@ def start_folder(out, args, log):
 def save(path, it, args, log, state):
     """Write a checkpoint, from which the run can be continued and images can be made."""
     checkpoint = {"iter": it, "args": vars(args), "log": log}
-    for name, part in state.items():
-        checkpoint[name] = part.state_dict()
+    checkpoint |= {name: part.state_dict() for name, part in state.items()}
     with data.atomic_write(path) as beside:
         torch.save(checkpoint, beside)
 
@@ -361,8 +360,7 @@ def sample(args):
     z = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
     out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
     if out.suffix:
-        columns = math.ceil(args.num_samples**0.5)
-        data.save_grid(generate(G, z.to(args.device)), out, columns)
+        data.save_grid(generate(G, z.to(args.device)), out, math.ceil(len(z) ** 0.5))
     else:
         out.mkdir(parents=True)
         for i, part in enumerate(z.split(32)):
@@ -373,7 +371,7 @@ def sample(args):
 
 # ------------------------------------------------------------------------------ the command line
 def parse_args(parser):
-    """-> the flags, and the checkpoint from which to train (None: anew)."""
+    """-> the flags, and the checkpoint from which to train."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     flag = parser.add_argument
     flag("--data", default="synthetic", help=data.SOURCES)
@@ -391,7 +389,7 @@ def parse_args(parser):
     flag("--average", type=float, default=0.1, help="share of the run in G's average (0: none)")
     flag("--seed", type=int, default=0, help="random seed")
     flag("--device", choices=devices, default=devices[0], help="where to run")
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 if GPU has it")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on newer GPUs")
     flag("--out", help="folder of the run (runs/SCRIPT-SIZE); with --sample a picture or a folder")
     flag("--resume", action="store_true", help="continue the run in --out with its flags, or start")
     flag("--log-every", type=int, default=50, help="iterations between log rows (0: at the end)")
@@ -401,13 +399,13 @@ def parse_args(parser):
     flag("--fid-samples", type=int, default=10000, help="generated images for each FID")
     flag("--fid-weights", help="file of Inception weights (default: download them)")
     flag("--sample", metavar="CKPT", help="do not train, but write images from this checkpoint")
-    flag("--num-samples", type=int, default=64, help="how many images")
+    flag("--num-samples", type=int, default=64, help="images to write with --sample")
     args = parser.parse_args()
     if args.sample:
         return args, None
 
-    args.out = os.path.expanduser(args.out or f"runs/{Path(__file__).stem}-{args.img_size}")
-    checkpoint = None
+    args.out = args.out or f"runs/{Path(__file__).stem}-{args.img_size}"
+    checkpoint = {"iter": 0, "log": []}  # of a new run
     last = Path(args.out, "last.pt")
     if last.exists():
         if not args.resume:
@@ -415,7 +413,7 @@ def parse_args(parser):
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         flags = {name: old for name, old in checkpoint["args"].items() if name in args}
         flags |= {"out": args.out, "device": args.device}
-        args = parser.parse_args(namespace=argparse.Namespace(**flags))  # what is typed wins
+        args = parser.parse_args(namespace=argparse.Namespace(**flags))  # typed flags win
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
     if args.precision == "auto":
@@ -424,8 +422,10 @@ def parse_args(parser):
     layer_widths(args.img_size, args.max_channels)  # raises ValueError, as do the next two
     torch.optim.Adam([torch.zeros(1)], args.lr, args.betas)
     data.check_outside(args.out, args.data)
-    if min(args.iters, args.d_steps) < 1 or args.batch_size < 2 * WORLD:
-        raise ValueError("--iters and --d-steps must be 1 or more, --batch-size 2 for each process")
+    if min(args.iters, args.d_steps, args.seed + 1) < 1 or not 0 <= args.average <= 1:
+        raise ValueError("--iters and --d-steps start at 1, --seed at 0; --average is from 0 to 1")
+    if args.batch_size < 2 * WORLD or args.batch_size % WORLD:
+        raise ValueError("--batch-size must be 2 or more for each process, and the same for all")
     return args, checkpoint
 
 
@@ -444,12 +444,12 @@ def main():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # an hour: the others wait while the first process prepares images or measures FID
             torch.distributed.init_process_group(timeout=timedelta(hours=1))
-            first = [args, checkpoint]  # the first process's: other machines may not see its files
-            torch.distributed.broadcast_object_list(first)
-            args, checkpoint = first
+            shared = [args, checkpoint]  # the first's: other machines may not see its files
+            torch.distributed.broadcast_object_list(shared)
+            args, checkpoint = shared
             if RANK == 0:
                 data.load_images(args.data, args.img_size, args.cache_dir)
-            torch.distributed.barrier()  # all others find the images prepared
+            torch.distributed.barrier()  # the others wait until the images are ready
         images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=WORLD > 1)
         inception = fid.load_inception(args.fid_weights, args.device) if args.fid_every else None
     except (ValueError, OSError) as error:  # a mistake in the flags or the images
