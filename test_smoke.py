@@ -294,7 +294,7 @@ def test_penalties_on_the_gradient():
         assert penalty.item() == pytest.approx((math.hypot(*x_hat) - 1) ** 2)
 
 
-def train_on_point_masses(kind, distance, steps=750):
+def train_on_point_masses(kind, distance, steps=600):
     """Train T on the masses 0 and `distance` -> (divergence, gradient at the generator's mass)."""
     torch.manual_seed(0)
     T = nn.Sequential(nn.Linear(1, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1), nn.Flatten(0))
@@ -328,7 +328,7 @@ def train_on_point_masses(kind, distance, steps=750):
 
 def test_point_masses(capsys):
     """The paper's central claim: two point masses at a growing distance, under each divergence."""
-    distances = [0.25, 0.5, 1.0, 2.0]
+    distances = [0.5, 1.0, 2.0]
     rows = {}
     for kind in ("SGAN", "KL", "WGAN-GP", "GAN-QP"):
         rows[kind] = [train_on_point_masses(kind, d) for d in distances]
@@ -1049,12 +1049,12 @@ def test_sets_of_images(tmp_path, cli, inception_file):
 
 
 def test_fid_in_training(inception_file, cli, tmp_path):
-    flags = [*TINY, "--iters", 5, "--log-every", 4]
+    flags = [*TINY, "--iters", 3]
     measured = ["--fid-every", 2, "--fid-samples", 6, "--fid-weights", inception_file]
     assert cli("gan_qp", *flags, "--out", tmp_path / "off")[0] == 0
     assert cli("gan_qp", *flags, *measured, "--out", tmp_path / "on")[0] == 0
     log = [row for row in log_of(tmp_path / "on") if "fid" in row]
-    assert [row["iter"] for row in log] == [2, 4, 5] and all(row["fid"] > 0 for row in log)
+    assert [row["iter"] for row in log] == [2, 3] and all(row["fid"] > 0 for row in log)
     assert_same(weights(tmp_path / "on" / "last.pt"), weights(tmp_path / "off" / "last.pt"))
     best = min(log, key=lambda row: row["fid"])["iter"]
     assert weights(tmp_path / "on" / "best.pt")["iter"] == best
