@@ -187,7 +187,7 @@ def train_iteration(x_real, z, G, D, opt_G, opt_D, args):
             d_loss = -delta.mean()
             if args.constraint == "gp":
                 t = torch.rand(WORLD * len(x_fake), 1, 1, 1, device=x_fake.device)
-                t = t.chunk(WORLD)[RANK]  # as in one process
+                t = t.chunk(WORLD)[RANK]  # the part of this process
                 d_loss = d_loss + args.gp_weight * gradient_penalty(D, x_real[step], x_fake, t)
             if args.constraint == "div":
                 d_loss = d_loss + divergence_penalty(D, x_real[step], x_fake)
