@@ -291,7 +291,6 @@ def train(args, images, checkpoint, inception):
 
 
 def due(it, every, also=None):
-    """Whether `it` is a multiple of `every`, or `also`; never if `every` is 0."""
     return every > 0 and (it % every == 0 or it == also)
 
 
@@ -451,7 +450,8 @@ def main():
                 data.load_images(args.data, args.img_size, args.cache_dir)
             torch.distributed.barrier()  # the others wait until the images are ready
         images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=WORLD > 1)
-        inception = fid.load_inception(args.fid_weights, args.device) if args.fid_every else None
+        measures = args.fid_every and RANK == 0
+        inception = fid.load_inception(args.fid_weights, args.device) if measures else None
     except (ValueError, OSError) as error:  # a mistake in the flags or the images
         parser.error(error)
     train(args, images, checkpoint, inception)

@@ -680,7 +680,7 @@ def test_resumption(script, cli, tmp_path):
     assert cli(script, *flags, "--iters", 5, "--out", split, "--resume")[0] == 0  # starts
     with open(split / "log.jsonl", "a") as file:
         file.write('{"iter": 6, "d_lo')  # torn
-    resume = ["--out", split, "--resume"]
+    resume = ["--out", split, "--resume", "--device", "cpu"]
     assert cli(script, *resume, "--iters", 7)[0] == 0
     assert cli(script, *resume)[0] == 0  # at its end
     assert_same(weights(whole / "last.pt"), weights(split / "last.pt"))
@@ -848,8 +848,8 @@ def test_a_signal_costs_no_more_than_the_last_save(name, cli, cache, tmp_path):
     saved = weights(tmp_path / "last.pt")["iter"]
     if name != "SIGKILL":
         assert log_of(tmp_path)[-1]["iter"] == saved
-        assert (tmp_path / "samples" / f"{saved:06d}.png").exists()
     if name == "SIGTERM":
+        assert (tmp_path / "samples" / f"{saved:06d}.png").exists()
         assert process.returncode == 0 and f"iteration {saved} of" in process.stdout.read()
     assert cli("gan_qp", "--out", tmp_path, "--resume", "--iters", saved + 1)[0] == 0
     assert weights(tmp_path / "last.pt")["iter"] == log_of(tmp_path)[-1]["iter"] == saved + 1
@@ -873,7 +873,7 @@ def test_two_machines_share_each_batch(cli, cache, tmp_path):
     port = 20000 + os.getpid() % 10000
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2}
     (tmp_path / "1").mkdir()
-    words = [HERE / "wgan_gp.py", "--iters", 2, "--out", "run", "--resume"]
+    words = [HERE / "wgan_gp.py", "--iters", 2, "--out", "run", "--resume", "--device", "cpu"]
     machines = [start(*words, cwd=tmp_path / str(rank), RANK=rank, **group) for rank in (0, 1)]
     said = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
