@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import secrets
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
     source: a folder, a .zip, "torchvision:NAME", "synthetic" (10,000 drawn faces) or "synthetic:N".
     Returns a read-only memory map, uint8 (N, img_size, img_size, 3), sRGB. Images that cannot be
     read are skipped and named, other files are counted. A source that has changed is prepared anew.
-    Raises ValueError with one line if the source is at fault, OSError if the disk is.
+    Raises ValueError with one line if the source is at fault, OSError if the disk or memory is.
     """
     cache_dir = Path(cache_dir or CACHE_DIR).expanduser()
     check_outside(cache_dir, source)
@@ -54,13 +55,12 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
         prepare(names, read, img_size, path, quiet)
     try:
         images = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # which one depends on the damage
         raise ValueError(f"{path} is damaged ({error}): delete it, and start again") from error
     if not quiet:
         print(f"{source}: {len(images):,} images of {img_size} px", flush=True)
         if others:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
-            print(f"  other files, not used: {kinds}", flush=True)
+            print(f"  other files, not used: {others}", flush=True)
     return images
 
 
@@ -106,13 +106,9 @@ class Batches:
 
     def indices(self, k):
         """Which images this rank's part of batch k holds, (batch_size / world,)."""
-        positions = np.arange(k * self.batch_size, (k + 1) * self.batch_size)[self.local]
-        epochs, places = np.divmod(positions, len(self.images))
-        parts = []
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            order = permutation(self.seed, epoch, len(self.images))
-            parts.append(order[places[epochs == epoch]])
-        return np.concatenate(parts)
+        n = len(self.images)
+        places = range(k * self.batch_size, (k + 1) * self.batch_size)[self.local]
+        return np.array([permutation(self.seed, i // n, n)[i % n] for i in places])
 
     def fetch(self, k):
         """Batch k: uint8 (B, S, S, 3) on the device."""
@@ -144,23 +140,43 @@ def open_source(source, cache_dir):
     """-> names, read, identity, others. Raises ValueError if there is no such source.
 
     names: of the images, for messages; read(i, size): image i, a PIL image of (size, size);
-    identity: what changes when the images do; others: a Counter of the kinds of files not used.
+    identity: what changes when the images do; others: how many files of each kind are not used.
     """
+    path = Path(source)  # which comes before the names below
+    if source and path.is_dir():
+        return open_folder(path.resolve())
+    if path.is_file():
+        return open_zip(path)
     if source == "synthetic":
         source = "synthetic:10000"
     kind, _, rest = source.partition(":")
     if kind == "synthetic" and rest.isdecimal() and int(rest) > 0:
-        return range(int(rest)), draw_face, source, Counter()
+        return range(int(rest)), draw_face, source, ""
     if kind == "torchvision":
         return open_torchvision(rest, cache_dir)
-    if source and Path(source).is_dir():
-        images, read, identity, others = open_folder(Path(source).resolve())
-    elif zipfile.is_zipfile(source):
-        images, read, identity, others = open_zip(source)
-    else:
-        raise ValueError(f"{source!r} is none of these: {SOURCES}")
-    names = [name for name, _ in images]
-    return names, read, [names, identity], others
+    raise ValueError(f"{source!r} is none of these: {SOURCES}")
+
+
+def open_folder(root):
+    """The images of a folder and its subfolders."""
+    files = [(path.relative_to(root).as_posix(), path) for path in walk(root)]
+    names, paths, others = choose_images(root, files)
+    states = [path.stat() for path in paths]
+    identity = [names, [str(root), [[state.st_size, state.st_mtime_ns] for state in states]]]
+    return names, lambda i, size: decode(paths[i].read_bytes(), size), identity, others
+
+
+def open_zip(path):
+    """The images of a zip archive, which is read as it is and not unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # which one depends on the damage
+        raise ValueError(f"{path} is not a valid .zip: {error}") from error
+    files = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
+    names, entries, others = choose_images(path, files)
+    identity = [names, [entry.CRC for entry in entries]]
+    # read by the entry: one name may stand for several images
+    return names, lambda i, size: decode(archive.read(entries[i]), size), identity, others
 
 
 def open_torchvision(name, cache_dir):
@@ -171,50 +187,23 @@ def open_torchvision(name, cache_dir):
         advice = "download its images yourself, and name their folder"
         raise ValueError(f"torchvision:{name} is not available ({error}); {advice}") from error
     source = f"torchvision:{name}"
-    return range(len(images)), lambda i, size: to_square(images[i][0], size), source, Counter()
-
-
-def open_folder(root):
-    """The images of a folder and its subfolders."""
-    files = [(path.relative_to(root).as_posix(), path) for path in walk(root)]
-    images, others = choose_images(files)
-    states = [path.stat() for _, path in images]
-    identity = [str(root), [[state.st_size, state.st_mtime_ns] for state in states]]
-    return images, lambda i, size: decode(images[i][1], size), identity, others
-
-
-def open_zip(path):
-    """The images of a zip archive, which is read as it is and not unpacked."""
-    archive = zipfile.ZipFile(path)
-    files = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
-    images, others = choose_images(files)
-
-    def read(i, size):  # by the entry: one name may stand for several images
-        return decode(io.BytesIO(archive.read(images[i][1])), size)
-
-    return images, read, [entry.CRC for _, entry in images], others
+    return range(len(images)), lambda i, size: to_square(images[i][0], size), source, ""
 
 
 def walk(root):
-    """Yield all files below a folder. Links are followed, and each real folder is entered once."""
-
-    def stop(error):  # by default os.walk silently skips what it cannot read
-        raise error
-
-    visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=stop):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()  # os.walk goes no deeper here
-            continue
-        visited.add(real)
-        subfolders.sort()
+    """Yield the paths of all files below a folder; links are followed. Raises OSError."""
+    errors = []  # by default os.walk silently skips what it cannot read
+    for folder, _, files in os.walk(root, followlinks=True, onerror=errors.append):
+        if any(os.path.samefile(folder, above) for above in Path(folder).parents):
+            raise OSError(f"{folder} is a link to a folder above it: its images would repeat")
         for file in files:
             yield Path(folder, file)
+    if errors:
+        raise errors[0]
 
 
-def choose_images(files):
-    """(name, file) pairs -> those of images, sorted by name, and a Counter of the others.
+def choose_images(source, files):
+    """(name, file) pairs -> names and files of the images, sorted by name; a count of the others.
 
     Hidden are files that begin with a dot, and those in a folder that begins with a dot or with @,
     where network drives keep thumbnails. Raises ValueError if there are no images.
@@ -222,18 +211,18 @@ def choose_images(files):
     images = []
     others = Counter()
     for name, file in files:
-        path = PurePosixPath(name)
-        extension = path.suffix.lower() or "without an extension"
-        hidden_folder = any(part.startswith((".", "@")) for part in path.parts[:-1])
-        if hidden_folder or path.name.startswith("."):
-            others["hidden"] += 1
-        elif extension not in IMG_EXTENSIONS:
-            others[extension] += 1
-        else:
+        inner = PurePosixPath(name)
+        hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
+        kind = "hidden" if hidden else ascii(inner.suffix.lower())[1:-1] or "without an extension"
+        if kind in IMG_EXTENSIONS:
             images.append((name, file))
+        else:
+            others[kind] += 1
+    others = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
     if not images:
-        raise ValueError(f"no images found; other files: {dict(others)}")
-    return sorted(images, key=lambda image: image[0]), others
+        raise ValueError(f"{source} holds no images; other files: {others or 'none'}")
+    names, files = zip(*sorted(images, key=lambda image: image[0]), strict=True)
+    return names, files, others
 
 
 def check_outside(folder, source):
@@ -245,9 +234,9 @@ def check_outside(folder, source):
 
 
 # ------------------------------------------------------------------------------------- one image
-def decode(file, size):
-    """An image file (path or file object) -> `to_square` of it, or of its first frame."""
-    with Image.open(file) as image:
+def decode(content, size):
+    """The bytes of an image file -> `to_square` of the image, or of its first frame."""
+    with Image.open(io.BytesIO(content)) as image:
         image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at 1/2, 1/4 or 1/8 of the size
         return to_square(image, size)
 
@@ -263,11 +252,7 @@ def to_square(image, size):
         ImageOps.exif_transpose(image, in_place=True)
     image = to_eight_bits(image)
 
-    mode = "RGB"
-    if image.mode in ("1", "L", "LA"):
-        mode = "L"
-    if image.mode == "CMYK":
-        mode = "CMYK"
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     transparent = image.has_transparency_data
     image = image.convert("RGBA" if transparent else mode)
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -285,14 +270,11 @@ def to_eight_bits(image):
     """16-bit grey -> 8-bit grey; 8-bit images as they are. Raises ValueError for all others."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    unsupported = image.mode in ("I", "F") and not sixteen
-    if {2, 3} & set(tags.get(SAMPLEFORMAT, ())):  # signed or float
-        unsupported = True
-    if sixteen and (
-        tags.get(BITSPERSAMPLE, (16,)) != (16,) or tags.get(PHOTOMETRIC_INTERPRETATION) == 0
-    ):
-        unsupported = True  # 12 bits, or white is zero
-    if unsupported:
+    thirty_two_bits = image.mode in ("I", "F") and not sixteen
+    twelve_bits = sixteen and tags.get(BITSPERSAMPLE, (16,)) != (16,)
+    inverted = sixteen and tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+    signed_or_float = {2, 3} & set(tags.get(SAMPLEFORMAT, ()))
+    if thirty_two_bits or twelve_bits or inverted or signed_or_float:
         raise ValueError(
             "its pixels are float, signed, inverted, or of 12 or 32 bits: convert it to 8 bits"
         )
@@ -324,8 +306,9 @@ def prepare(names, read, size, path, quiet):
         try:
             return read(i, size).tobytes()
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            if getattr(error, "errno", None):
-                raise  # the disk is at fault, not the image
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                # not the image's fault: it would be missing from the array for ever
+                raise OSError(f"cannot read {names[i]!a} now: {error!r}") from error
             return error
 
     count = 0
@@ -333,7 +316,7 @@ def prepare(names, read, size, path, quiet):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not quiet:
         print(f"preparing {len(names):,} images in {path}", flush=True)
-    with atomic_write(path, os.getpid()) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         with ThreadPoolExecutor() as pool:
             for i in range(0, len(names), 256):  # bounds the memory
@@ -353,10 +336,11 @@ def prepare(names, read, size, path, quiet):
 
 
 @contextlib.contextmanager
-def atomic_write(path, tag="tmp"):
-    """Yield a name beside `path` to write to, and rename it to `path` once it is whole."""
+def atomic_write(path):
+    """Yield a hidden name beside `path` to write to, and rename it to `path` once it is whole."""
     path = Path(path)
-    beside = path.with_name(f"{path.stem}.{tag}{path.suffix}")
+    # random, since two containers that share a disk may both be process 1
+    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
         yield beside
         os.replace(beside, path)
@@ -369,6 +353,11 @@ def evenly_spaced(images, n):
     """n of the images (N, S, S, 3), or all if they are fewer -> tensor (n, 3, S, S)."""
     places = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
     return torch.from_numpy(images[places]).permute(0, 3, 1, 2)
+
+
+def is_picture(path):
+    """Whether Pillow can write a file of this name."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in Image.SAVE
 
 
 def save_grid(images, path, columns):

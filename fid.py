@@ -16,13 +16,14 @@ This file stands alone: it needs torch, torchvision, numpy, scipy and Pillow.
 import argparse
 import io
 import os
+import secrets
 import sys
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import scipy.linalg
@@ -37,6 +38,7 @@ WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
+ImageSet = namedtuple("ImageSet", "path names read")  # read(i): image i, uint8 (H, W, 3)
 
 
 # ---------------------------------------------------------------------------------- the distance
@@ -96,32 +98,21 @@ class FeatureStats:
 
 
 # ----------------------------------------------------------------------------------- the network
-class LeaveOutPadding(nn.Module):
+def leave_out_padding(branch_pool, inputs):
     """Turns averages over 3x3 that count the zero padding into averages that do not.
 
-    torchvision's blocks take such an average and pass it to their `branch_pool`, which this module
-    precedes. Where k of the nine places are padding, it divides the average by (9 - k) / 9.
+    torchvision's blocks take such an average and pass it to their `branch_pool`. Where k of the
+    nine places are padding, this divides the average by (9 - k) / 9.
     """
+    (average,) = inputs
+    inside = torch.ones_like(average[:1, :1])
+    return average / F.avg_pool2d(inside, 3, stride=1, padding=1)
 
-    def forward(self, average):
-        inside = torch.ones_like(average[:1, :1])
-        return average / F.avg_pool2d(inside, 3, stride=1, padding=1)
 
-
-class LastBlock(nn.Module):
-    """torchvision's last block, but its last branch takes the maximum over 3x3, not the average.
-
-    The block computes all of its branches; the last one is then replaced.
-    """
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x):
-        last_branch = self.block.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1))
-        other_branches = self.block(x)[:, : -last_branch.shape[1]]
-        return torch.cat([other_branches, last_branch], 1)
+def take_maximum(block, inputs, output):
+    """Replaces the last branch of a block by that of the maximum over 3x3, not the average."""
+    last_branch = block.branch_pool(F.max_pool2d(inputs[0], 3, stride=1, padding=1))
+    return torch.cat([output[:, : -last_branch.shape[1]], last_branch], 1)
 
 
 class Inception(nn.Module):
@@ -138,16 +129,13 @@ class Inception(nn.Module):
         net.load_state_dict(state)
         for block in net.children():
             if hasattr(block, "branch_pool") and block is not net.Mixed_7c:
-                block.branch_pool = nn.Sequential(LeaveOutPadding(), block.branch_pool)
-        net.Mixed_7c = LastBlock(net.Mixed_7c)
+                block.branch_pool.register_forward_pre_hook(leave_out_padding)
+        net.Mixed_7c.register_forward_hook(take_maximum)
         net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    def device(self):
-        return self.net.Conv2d_1a_3x3.conv.weight.device
-
     def forward(self, images, clean=False):
-        return self.features(resize(images.to(self.device()), clean))
+        return self.features(resize(images.to(next(self.parameters()).device), clean))
 
     @torch.no_grad()
     def features(self, x):
@@ -189,83 +177,94 @@ def load_inception(weights=None, device="cpu"):
 
 # -------------------------------------------------------------------------------- sets of images
 def list_images(path):
-    """A folder, a .zip or an .npy array -> list of (name, read); read() -> uint8 (H, W, 3).
+    """A folder, a .zip or an .npy array -> ImageSet.
 
     Pixels are as pytorch-fid reads them: no colour profile, orientation or transparency. Other
-    files are counted on standard error. Raises ValueError for anything else.
+    files are counted on standard error. Raises an error if there are no images.
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        try:
-            images = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{path} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
-        return [(str(i), partial(np.array, image)) for i, image in enumerate(images)]
+        array = np.load(path, mmap_mode="r")
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise ValueError(f"{array.dtype} {array.shape} is not uint8 (N, H, W, 3)")
+        return ImageSet(path, range(len(array)), lambda i: np.array(array[i]))
     if path.is_dir():
-        # a link to a folder is not followed, but counted below
-        found = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
-        files = [(file.relative_to(path), partial(decode, file)) for file in found]
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        found = [entry for entry in archive.infolist() if not entry.is_dir()]
-        files = [(Path(entry.filename), partial(decode_entry, archive, entry)) for entry in found]
+        files = ((file.relative_to(path).as_posix(), None) for file in walk(path))
     else:
-        raise ValueError(f"{path} is not a folder, a valid .zip, an .npy or an .npz file")
+        archive = zipfile.ZipFile(path)
+        files = ((entry.filename, entry) for entry in archive.infolist() if not entry.is_dir())
 
     images = []
     others = Counter()
-    for name, read in sorted(files, key=lambda file: file[0]):
-        if any(part.startswith((".", "@")) for part in name.parts):
-            others["hidden"] += 1
-        elif name.suffix.lower() not in IMG_EXTENSIONS:
-            others[name.suffix.lower() or "without an extension"] += 1
+    for name, entry in files:
+        inner = PurePosixPath(name)
+        hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
+        kind = "hidden" if hidden else inner.suffix.lower() or "without an extension"
+        if kind in IMG_EXTENSIONS:
+            images.append((name, entry))
         else:
-            images.append((str(name), read))
-    if others:
-        print(f"{path}: other files, not used: {dict(others)}", file=sys.stderr)
+            others[kind] += 1
+    others = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
     if not images:
-        raise ValueError(f"{path} holds no images")
-    return images
+        raise ValueError(f"no images found; other files: {others or 'none'}")
+    if others:
+        print(f"{path}: other files, not used: {others}", file=sys.stderr)
+    images.sort(key=lambda image: PurePosixPath(image[0]).parts)
+    names, entries = zip(*images, strict=True)
+    if path.is_dir():
+        return ImageSet(path, names, lambda i: decode((path / names[i]).read_bytes()))
+    return ImageSet(path, names, lambda i: decode(archive.read(entries[i])))
 
 
-def decode(file):
-    with Image.open(file) as image:
+def walk(root):
+    """Yield the paths of all files below a folder; links are followed. Raises OSError."""
+    errors = []  # by default os.walk silently skips what it cannot read
+    for folder, _, files in os.walk(root, followlinks=True, onerror=errors.append):
+        if any(os.path.samefile(folder, above) for above in Path(folder).parents):
+            raise OSError(f"{folder} is a link to a folder above it: its images would repeat")
+        for file in files:
+            yield Path(folder, file)
+    if errors:
+        raise errors[0]
+
+
+def decode(content):
+    """The bytes of an image file -> uint8 (H, W, 3)."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.mode[0] in "IF":  # Pillow would clip 16 bits at 255
+            raise ValueError("its pixels are not of 8 bits: name the array that data.py prints")
         return np.array(image.convert("RGB"))
 
 
-def decode_entry(archive, entry):
-    return decode(io.BytesIO(archive.read(entry)))
+def read_all(images, places):
+    """Yield the images at `places` of an ImageSet; name those that cannot be read."""
 
-
-def read_all(images, batch_size):
-    """Yield lists of images, which threads decode; name those that cannot be read."""
-
-    def attempt(image):
-        name, read = image
+    def attempt(i):
         try:
-            return read()
+            return images.read(i)
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            print(f"  skipped {name}: {error!r}", file=sys.stderr, flush=True)
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise OSError(f"cannot read {images.names[i]} now: {error!r}") from error
+            print(f"  skipped {images.names[i]}: {error!r}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(images), batch_size):
-            batch = pool.map(attempt, images[i : i + batch_size])
-            yield [image for image in batch if image is not None]
+        for i in range(0, len(places), 8):  # few at once, for they may be large
+            for image in pool.map(attempt, places[i : i + 8]):
+                if image is not None:
+                    yield image
 
 
 # --------------------------------------------------------------------------- statistics of a set
 def measure(images, inception, clean=False):
-    """What `list_images` returned -> mean (2048,) and covariance (2048, 2048) of the features."""
+    """An ImageSet -> mean (2048,) and covariance (2048, 2048) of its features."""
+    device = next(inception.parameters()).device
+    pixels = map(torch.from_numpy, read_all(images, range(len(images.names))))
+    # resized one by one: they may be large, and of different sizes
+    small = (resize(image.permute(2, 0, 1)[None].to(device), clean) for image in pixels)
     stats = FeatureStats()
-    for batch in read_all(images, 50):
-        small = []  # resized one by one: they may be large, and of different sizes
-        for image in batch:
-            pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-            small.append(resize(pixels.to(inception.device()), clean))
-        if small:
-            stats.update(inception.features(torch.cat(small)))
+    while batch := list(islice(small, 50)):
+        stats.update(inception.features(torch.cat(batch)))
+    print(f"{images.path}: {stats.n:,} images", file=sys.stderr)
     if stats.n < 2048:  # the covariance is singular, and the FID mostly bias
         print(f"warning: an FID of only {stats.n:,} images is not reliable", file=sys.stderr)
     sigma = stats.cov  # raises ValueError for fewer than two images
@@ -274,24 +273,20 @@ def measure(images, inception, clean=False):
 
 def save_stats(path, mu, sigma, clean):
     """Write statistics as pytorch-fid does, and how the images were resized."""
-    beside = Path(f"{path}.tmp")
-    with open(beside, "wb") as file:
-        np.savez(file, mu=mu, sigma=sigma, resize="clean" if clean else "bilinear")
+    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    np.savez(beside, mu=mu, sigma=sigma, resize="clean" if clean else "bilinear")
     os.replace(beside, path)
 
 
 def load_stats(path, clean):
     """-> (mu, sigma). Raises ValueError for other files, and if images were resized differently."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a valid .npz file")
-    with np.load(path) as file:
-        arrays = dict(file)
+    arrays = dict(np.load(path))
     if not {"mu", "sigma"} <= arrays.keys():
-        raise ValueError(f"{path} holds {list(arrays)}, not mu and sigma: use --save-stats")
+        raise ValueError(f"it holds {list(arrays)}, not mu and sigma: use --save-stats")
     wanted = "clean" if clean else "bilinear"
     resized = str(arrays.get("resize", wanted))  # the files of pytorch-fid do not say how
     if resized != wanted:
-        raise ValueError(f"the images of {path} were resized {resized}, not {wanted}: see --clean")
+        raise ValueError(f"its images were resized {resized}, not {wanted}: see --clean")
     return arrays["mu"], arrays["sigma"]
 
 
@@ -328,21 +323,29 @@ def cut_patches(level, generators):
     return windows[torch.arange(len(level))[:, None], :, rows, columns]
 
 
-def patches_by_level(images):
-    """What `list_images` returned -> {level's size in px: patches (N, 32, 3, 7, 7)}.
+def patches_by_level(images, count):
+    """`count` images, spread evenly over a set -> {level's size in px: patches (N, 32, 3, 7, 7)}.
 
     Raises ValueError unless all are squares of one size, a power of two from 16 px on.
     """
+    places = np.linspace(0, len(images.names) - 1, count).astype(int)
+    pixels = read_all(images, places)
+    shapes = set()
     levels = defaultdict(list)
-    for batch in read_all(images, 8):  # few at once, for they may be large
-        size = len(batch[0]) if batch else 0
-        if {image.shape for image in batch} != {(size, size, 3)} or size < 16 or size & (size - 1):
-            raise ValueError("--swd needs squares of one size, a power of two from 16 on")
-        pixels = np.stack(batch)
+    while batch := list(islice(pixels, 8)):
+        shapes |= {image.shape for image in batch}
+        size = len(batch[0])
+        if shapes != {(size, size, 3)} or size < 16 or size & (size - 1):
+            reason = "--swd needs squares of one size, a power of two from 16 px on"
+            raise ValueError(f"{images.path}: {reason}: name the array that data.py prints")
         # the places follow from an image's own pixels, so the order of a set does not matter
-        generators = [np.random.default_rng((0, zlib.crc32(image))) for image in pixels]
-        for level in laplacian_pyramid(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()):
+        generators = [np.random.default_rng((0, zlib.crc32(image))) for image in batch]
+        x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float()
+        for level in laplacian_pyramid(x):
             levels[level.shape[-1]].append(cut_patches(level, generators))
+    if sum(map(len, levels[16])) < count:
+        raise ValueError(f"{images.path}: --swd needs images that can all be read")
+    print(f"{images.path}: {count:,} images", file=sys.stderr)
     return {size: torch.cat(patches) for size, patches in levels.items()}
 
 
@@ -357,10 +360,7 @@ def sliced_wasserstein(a, b, directions=256):
     """Two arrays of points (N, D) -> their Wasserstein-1 distance along a line, a float.
 
     It is the mean over lines of random directions. On a line, sorting pairs the points.
-    Raises ValueError for shapes that differ.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"points {a.shape} and {b.shape} do not match")
     lines = np.random.default_rng(0).standard_normal((directions, a.shape[1]), a.dtype)
     lines /= np.linalg.norm(lines, axis=1, keepdims=True)
     total = 0.0
@@ -372,20 +372,15 @@ def sliced_wasserstein(a, b, directions=256):
 
 
 def compare_by_level(first, second):
-    """Two sets, of `list_images` -> {level's size in px: sliced Wasserstein distance x 1,000}.
+    """Two ImageSets -> {level's size in px: sliced Wasserstein distance x 1,000}.
 
     Compares up to 4,096 images of each, spread evenly over the set, by 32 patches of 7x7 of each
     image and level. Takes about 80 MB of memory for each set and level.
     """
-    count = min(len(first), len(second), 4096)
+    count = min(len(first.names), len(second.names), 4096)
     if count < 128:
         raise ValueError(f"--swd needs 128 images in each set, not {count}")
-    levels = []
-    for images in (first, second):
-        places = np.linspace(0, len(images) - 1, count).astype(int)
-        levels.append(patches_by_level([images[i] for i in places]))
-    if {len(patches) for level in levels for patches in level.values()} != {count}:
-        raise ValueError("--swd needs images of one size in each set, all of them readable")
+    levels = [patches_by_level(images, count) for images in (first, second)]
     if levels[0].keys() != levels[1].keys():
         raise ValueError(f"--swd needs sets of one size, not {max(levels[0])} and {max(levels[1])}")
     distances = {}
@@ -396,39 +391,40 @@ def compare_by_level(first, second):
 
 
 # ---------------------------------------------------------------------------------- command line
-def statistics(path, args):
-    """A set of images, or a file of statistics -> (mu, sigma)."""
-    if path.suffix.lower() == ".npz":
-        return load_stats(path, args.clean)
-    images = list_images(path)
-    return measure(images, load_inception(args.weights, args.device), args.clean)
-
-
 def compare(args):
     """Do what the command line says."""
-    if len(args.sets) != (1 if args.save_stats else 2):
+    target = args.save_stats
+    if len(args.sets) != (1 if target else 2):
         raise ValueError("give two sets to compare, or one set and --save-stats FILE.npz")
-    for path in args.sets:  # before the first one is measured
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
-    if args.save_stats:
-        save_stats(args.save_stats, *statistics(args.sets[0], args), args.clean)
-    elif args.swd:
-        distances = compare_by_level(*[list_images(path) for path in args.sets])
+    if target and (target.suffix != ".npz" or not os.access(target.parent, os.W_OK)):
+        raise ValueError(f"--save-stats {target}: name an .npz file in a folder that exists")
+    sets = []
+    for path in args.sets:  # all of them, before the first is measured
+        try:
+            is_stats = path.suffix.lower() == ".npz"
+            sets.append(load_stats(path, args.clean) if is_stats else list_images(path))
+        except Exception as error:  # which one depends on the damage
+            raise ValueError(f"{path} is no usable folder, .zip, .npy or .npz: {error}") from error
+    if args.swd:
+        distances = compare_by_level(*sets)
         for size, distance in distances.items():
             print(f"{size} {distance:.3f}")
         print(f"mean {np.mean(list(distances.values())):.3f}")
+        return
+    for i, images in enumerate(sets):
+        if isinstance(images, ImageSet):
+            sets[i] = measure(images, load_inception(args.weights, args.device), args.clean)
+    if target:
+        save_stats(target, *sets[0], args.clean)
     else:
-        first, second = (statistics(path, args) for path in args.sets)
-        print(f"{frechet_distance(*first, *second):.6f}")
+        print(f"{frechet_distance(*sets[0], *sets[1]):.6f}")
 
 
 def main():
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(
         description="Compare two sets of images: the Frechet Inception Distance.",
-        epilog="Pixels are read as pytorch-fid reads them, without colour profiles, orientation or "
-        "transparency. For the images that a training run sees, name the .npy of data.py.",
+        epilog="Pixels are read as by pytorch-fid; for those of a run, name the .npy of data.py.",
     )
     flag = parser.add_argument
     flag("sets", nargs="+", type=Path, metavar="SET", help="folder, .zip, .npy or .npz")

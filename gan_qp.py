@@ -361,18 +361,19 @@ def sample(args):
     """Write images of the generator in args.sample to args.out: one grid, or a folder of PNGs."""
     checkpoint = torch.load(args.sample, map_location="cpu", weights_only=True)
     flags = checkpoint["args"]
-    G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"])
+    G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"]).to(args.device)
     G.load_state_dict(checkpoint["G_ema"])
-    G.to(args.device, memory_format=torch.channels_last)
     rng = torch.Generator().manual_seed(args.seed)
-    z = torch.randn(args.num_samples, flags["z_dim"], generator=rng)
+    z = torch.randn(args.num_samples, flags["z_dim"], generator=rng).to(args.device)
     out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
-    if out.suffix:
-        data.save_grid(generate(G, z.to(args.device)), out, math.ceil(len(z) ** 0.5))
+    if data.is_picture(out):
+        data.save_grid(generate(G, z), out, math.ceil(len(z) ** 0.5))
+    elif out.exists():
+        raise ValueError(f"{out} exists: name a new folder, or a picture such as x.png")
     else:
         out.mkdir(parents=True)
         for i, part in enumerate(z.split(32)):
-            for j, image in enumerate(generate(G, part.to(args.device)), 32 * i):
+            for j, image in enumerate(generate(G, part), 32 * i):
                 data.save_grid(image, out / f"{j:05d}.png", columns=1)
     print(f"{len(z)} images in {out}")
 
@@ -453,8 +454,7 @@ def main():
         if WORLD > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # an hour: the others wait while the first process prepares images or measures FID
-            torch.distributed.init_process_group(timeout=timedelta(hours=1))
+            torch.distributed.init_process_group(timeout=timedelta(hours=1))  # an FID takes long
             shared = [args, checkpoint]  # the first's: other machines may not see its files
             torch.distributed.broadcast_object_list(shared)
             args, checkpoint = shared

@@ -6,6 +6,7 @@ They need no network and no GPU; what needs CUDA is skipped without it.
 import argparse
 import ast
 import contextlib
+import glob
 import inspect
 import io
 import json
@@ -14,13 +15,14 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -150,7 +152,6 @@ def noise_folder(folder, count):
 @pytest.mark.parametrize(
     "command",
     [
-        "gan_qp",
         "gan_qp --pairwise",
         "wgan_gp --precision bf16",
         "wgan_gp --constraint sn",
@@ -403,9 +404,7 @@ def test_training_steps_are_the_authors(metric, capsys, monkeypatch):
     def update_as_keras(optimizer, loss):
         found.append(loss.item())
         optimizer.t = getattr(optimizer, "t", 0) + 1
-        optimizer.param_groups[0]["eps"] = 1e-7 / math.sqrt(
-            1 - 0.999**optimizer.t
-        )  # as Keras has it
+        optimizer.param_groups[0]["eps"] = 1e-7 / math.sqrt(1 - 0.999**optimizer.t)
         update(optimizer, loss)
 
     monkeypatch.setattr(gan_qp, "update", update_as_keras)
@@ -417,9 +416,7 @@ def test_training_steps_are_the_authors(metric, capsys, monkeypatch):
     rows = np.reshape(found, (5, 4))[:, : len(GOLDEN[metric][0])]
     worst = np.abs(np.divide(rows, GOLDEN[metric]) - 1).max()
     with capsys.disabled():
-        print(
-            f"\n\n{metric}, iteration 5: {rows[-1].tolist()}, by the author's {GOLDEN[metric][-1]}"
-        )
+        print(f"\n\n{metric}, iteration 5: {rows[-1].tolist()}, the author's {GOLDEN[metric][-1]}")
         print(f"largest relative difference in five iterations: {worst:.0e}")
     assert worst < 1e-11
 
@@ -527,16 +524,15 @@ def test_kinds_of_images(tmp_path, capsys):
     (folder / "x2.jpg").write_bytes(b"")
     Image.new("F", (8, 8), 0.5).save(folder / "x3.tif")
     Image.new("I", (8, 8), 2**20).save(folder / "x4.tif")
-    inverted = (folder / "h.tif").read_bytes()  # with another photometric interpretation
-    entries = [struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0)]
-    assert inverted.count(entries[0]) == 1
-    (folder / "x5.tif").write_bytes(inverted.replace(*entries))
+    grey16.save(folder / "x5.tif", tiffinfo={262: 0})
+    (folder / "x6.tif").write_bytes(b"II+\0\b\0\0\0" + struct.pack("<Q", 2**62))  # an offset
+    (folder / os.fsdecode(b"x7.\xe9")).write_bytes(b"")  # a name that no terminal can print
 
     images = data.load_images(folder, 16, tmp_path / "cache")
     said = capsys.readouterr().out
     assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
     assert not images.flags.writeable
-    for name in ("x1.png", "x2.jpg", "x3.tif", "x4.tif", "x5.tif"):
+    for name in ("x1.png", "x2.jpg", "x3.tif", "x4.tif", "x5.tif", "x6.tif"):
         assert f"skipped {name!r}: " in said
     for (name, (_, expected, _)), image in zip(kinds.items(), images, strict=True):
         np.testing.assert_allclose(image.mean((0, 1)), expected, atol=4, err_msg=name)
@@ -544,47 +540,47 @@ def test_kinds_of_images(tmp_path, capsys):
     assert upright[:, 12:].max() < 10 and upright[:, :4].min() > 245  # black is now at the right
 
 
-def test_folders_and_archives(tmp_path, capsys):
+def test_folders_and_archives(tmp_path, cli, capsys, monkeypatch):
     """The same images, however they are packed; all other files are counted."""
-    folder = noise_folder(tmp_path / "photos", 3)
+    monkeypatch.chdir(tmp_path)
+    folder = noise_folder(tmp_path / "synthetic", 3)  # comes before the source of that name
     noise_folder(tmp_path / "elsewhere", 2)
     (folder / "@eaDir").mkdir()
     for name in ("a.heic", "b.heic", "c.txt", "d", ".e.png", "@eaDir/f.png"):
         (folder / name).write_bytes(b"no image")
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        for file in folder.rglob("*"):
-            archive.write(file, file.relative_to(folder))
-    (folder / "self").symlink_to(folder, target_is_directory=True)
+    shutil.make_archive("photos", "zip", folder)
     (folder / "one").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (folder / "two").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
 
-    images = data.load_images(folder, 8, tmp_path / "cache")
-    zipped = data.load_images(tmp_path / "photos.zip", 8, tmp_path / "cache")
-    assert len(images) == 5 and np.array_equal(zipped, images[:3])
-    said = capsys.readouterr().out
-    kinds = "2 .heic, 2 hidden, 1 .txt, 1 without an extension"
-    assert said.count(f"other files, not used: {kinds}") == 2, said
+    images = data.load_images("synthetic", 8, "cache")
+    zipped = data.load_images("photos.zip", 8, "cache")
+    assert len(images) == 7 and np.array_equal(zipped, images[:3])
+    assert [len(fid.list_images(path).names) for path in ("synthetic", "photos.zip")] == [7, 3]
+    said = capsys.readouterr()
+    kinds = "other files, not used: 2 .heic, 2 hidden, 1 .txt, 1 without an extension"
+    assert said.out.count(kinds) == said.err.count(kinds) == 2, said
 
-    assert data.load_images(folder, 8, tmp_path / "cache").filename == images.filename
+    assert data.load_images(folder, 8, "cache").filename == images.filename
     noise_image(9).save(folder / "0000.png")
-    changed = data.load_images(folder, 8, tmp_path / "cache")
+    changed = data.load_images(folder, 8, "cache")
     assert not np.array_equal(changed, images) and np.array_equal(changed[1:], images[1:])
+    (folder / "one" / "three").symlink_to(folder)  # a loop
+    refused(cli("data", folder), "one/three is a link to a folder above it")
+    refused(cli("fid", folder, folder), "one/three is a link to a folder above it")
 
 
-def test_a_disk_that_fails_costs_no_image(tmp_path, monkeypatch):
-    """What a disk cannot read for the moment would otherwise be missing for ever."""
-    photos = noise_folder(tmp_path / "photos", 2)
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    for module, name in ((Image, "open"), (os, "scandir"), (Path, "stat")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, fail)
-            with pytest.raises(OSError, match="Input/output error"):
-                images, read, identity, others = data.open_folder(photos)
-                data.prepare(["a", "b"], read, 8, tmp_path / "x.npy", quiet=True)
-    assert not (tmp_path / "x.npy").exists()
+def test_a_disk_that_fails_costs_no_image(cli, tmp_path, monkeypatch):
+    """What cannot be read for the moment would otherwise be missing for ever."""
+    photos = noise_folder(tmp_path / "photos", 128)
+    for place, error, words in [
+        ("PIL.Image.open", MemoryError(), ["0000.png", "MemoryError"]),
+        ("pathlib.Path.read_bytes", OSError(5, "Input/output error"), ["0000.png", "output error"]),
+        ("os.scandir", PermissionError(13, "Permission denied"), ["denied"]),
+    ]:
+        monkeypatch.setattr(place, Mock(side_effect=error))
+        refused(cli("data", photos, "--cache-dir", tmp_path / "cache"), *words)
+        refused(cli("fid", photos, photos, "--swd"), *words)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_batches():
@@ -617,11 +613,12 @@ def test_batches():
         data.Batches(images, 5, "cpu", world=2)
 
 
-def test_preparation_killed_and_twice_at_once(tmp_path):
+def test_preparation_killed_and_twice_at_once(tmp_path, monkeypatch):
     def half_done():
+        before = set(tmp_path.iterdir())
         words = ["synthetic:2000", "--img-size", 32, "--cache-dir", tmp_path]
         process = start(HERE / "data.py", *words)
-        while not any(tmp_path.glob(f"*.{process.pid}.npy")):
+        while before >= set(tmp_path.iterdir()):
             time.sleep(0.01)
             assert process.poll() is None
         return process
@@ -630,9 +627,10 @@ def test_preparation_killed_and_twice_at_once(tmp_path):
     killed.kill()
     killed.wait()
     other = half_done()
+    monkeypatch.setattr(os, "getpid", lambda: other.pid)  # as if in another container
     images = data.load_images("synthetic:2000", 32, tmp_path)
     assert images.shape == (2000, 32, 32, 3) and other.wait() == 0
-    assert len(list(tmp_path.glob("*.npy"))) == 2  # with what was left by the one that was killed
+    assert len(glob.glob("*.npy", root_dir=tmp_path)) == 1  # the killed one's is hidden
 
     whole = Path(images.filename)
     whole.write_bytes(whole.read_bytes()[:5000])
@@ -660,9 +658,11 @@ def test_a_run_and_its_samples(cli, tmp_path):
     assert Image.open(run / "samples" / "000007.png").size == (9 * 18 + 2, 9 * 18 + 2)
 
     sampling = ["--sample", run / "last.pt", "--device", "cpu"]
-    for name in ("x.png", "x.jpg"):  # a suffix means one picture
+    for name in ("x.GIF", "set_v1.0"):  # a picture, a folder
         assert cli("gan_qp", *sampling, "--out", tmp_path / name, "--num-samples", 5)[0] == 0
-        assert Image.open(tmp_path / name).size == (3 * 18 + 2, 2 * 18 + 2)
+    assert Image.open(tmp_path / "x.GIF").size == (3 * 18 + 2, 2 * 18 + 2)
+    assert len(list((tmp_path / "set_v1.0").glob("*.png"))) == 5
+    refused(cli("gan_qp", *sampling, "--out", tmp_path / "set_v1.0"), "exists", "name a new folder")
     refused(cli("gan_qp", *RUN, "--out", run), "--resume")
 
     off = ["--log-every", 0, "--sample-every", 0, "--save-every", 0]
@@ -766,6 +766,7 @@ REFUSED = {
     "--max-channels 4 --img-size 512": "64",
     "--data torchvision:Nothing": "torchvision:Nothing",
     "--data torn.zip": "zip",
+    "--data damaged.zip": "zip",
     "--data empty": "no images",
     "--data bad": "none of 1 images can be read",
     "--data . --out run": "inside",
@@ -786,6 +787,7 @@ def test_mistakes_get_one_line_and_no_checkpoint_is_executed(cli, tmp_path, monk
         Path(name).mkdir()
     for name in ("torn.zip", "bad/a.png", "empty/a.heic"):
         Path(name).write_bytes(b"PK\x03\x04 torn")
+    Path("damaged.zip").write_bytes(bytes(46) + b"PK\5\6\0\0\0\0\1\0\1\0.\0\0\0" + bytes(6))
     for flags, word in REFUSED.items():
         refused(cli("gan_qp", *TINY, "--out", tmp_path.parent / "refused", *flags.split()), word)
     refused(cli("gan_qp", *TINY, "--data", "", "--out", tmp_path.parent / "refused"), "a folder")
@@ -1021,36 +1023,54 @@ def test_resizing_is_that_of_clean_fid():
         np.testing.assert_allclose(ours.permute(1, 2, 0), theirs, atol=0.02)
 
 
-def test_sets_of_images(tmp_path, cli, inception_file):
+def test_sets_of_images(tmp_path, cli, inception_file, monkeypatch):
     """Pixels as they are in the file, whatever the metadata; others are counted, or refused."""
-    folder = noise_folder(tmp_path / "set", 2)
+    monkeypatch.chdir(tmp_path)
+    folder = noise_folder(Path("set"), 2)
     exif = Image.Exif()
     exif[0x0112] = 6
     clear = noise_image(2)
     clear.putalpha(0)
-    clear.save(folder / "0002.png", exif=exif)
-    (folder / "0003.png").write_bytes(b"broken")
-    (folder / "a.txt").write_text("no image")
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for file in folder.iterdir():
-            archive.write(file, file.name)
-    for path in (folder, tmp_path / "set.zip"):
-        images = next(fid.read_all(fid.list_images(path), 50))
+    clear.save("set/0002.png", exif=exif)
+    Path("set/0003.png").write_bytes(b"broken")
+    Image.fromarray(np.full((32, 48), 32896, np.uint16)).save("set/0004.png")
+    Path("set/a.txt").write_text("no image")
+    shutil.make_archive("set", "zip", folder)
+    for path in ("set", "set.zip"):
+        images = list(fid.read_all(fid.list_images(path), range(5)))
         assert len(images) == 3
         for i, image in enumerate(images):
             assert np.array_equal(image, np.asarray(noise_image(i)))
-    code, _, err = cli("fid", folder, folder, "--weights", inception_file, "--device", "cpu")
-    assert code == 0 and "'.txt': 1" in err and "skipped 0003.png" in err
+    own = ["--weights", inception_file, "--device", "cpu"]
+    code, _, err = cli("fid", "set", "set.zip", *own)
+    assert code == 0 and "not used: 1 .txt" in err and "skipped 0003.png" in err
+    assert "skipped 0004.png" in err and "of 8 bits" in err and "set.zip: 3 images" in err
 
-    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
-    np.save(tmp_path / "float.npy", np.zeros((3, 8, 8, 3)))
-    (tmp_path / "torn.zip").write_bytes(b"PK\x03\x04 torn")
-    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
-    cases = {"other.npz": "mu and sigma", "float.npy": "float64", "torn.zip": ".zip"}
-    for name, word in {**cases, "torn.npz": "", "missing": "missing"}.items():
-        refused(cli("fid", tmp_path / name, folder, "--weights", inception_file), word)
-    refused(cli("fid", folder, folder, "--weights", "none.pth"), "none.pth", "--weights")
-    refused(cli("fid", folder), "two sets")
+    none = ["--weights", "none.pth"]  # mistakes are found before anything is measured
+    np.savez("set.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    np.save("set.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    for kind, part in [
+        ("zip", b"PK\1\2"),
+        ("npz", b"PK\1\2"),
+        ("npz", b"NUMPY"),
+        ("npy", b"NUMPY"),
+    ]:
+        pieces = Path(f"set.{kind}").read_bytes().split(part)
+        for damaged in (pieces[0], b"#####".join(pieces)):  # torn, changed
+            Path(f"damaged.{kind}").write_bytes(damaged)
+            refused(cli("fid", "set", f"damaged.{kind}", *none), f"damaged.{kind}")
+    np.savez("other.npz", mean=np.zeros(3))
+    np.save("float.npy", np.zeros((3, 8, 8, 3)))
+    for name, word in {"other.npz": "mu and sigma", "float.npy": "float64", "missing": ""}.items():
+        refused(cli("fid", "set", name, *none), name, word)
+    for name in ("nowhere/x.npz", "x.txt"):
+        refused(cli("fid", "set", "--save-stats", name, *none), name, ".npz")
+    refused(cli("fid", "set", "set", *none), "none.pth", "--weights")
+    refused(cli("fid", "set"), "two sets")
+
+    started = []
+    images = fid.ImageSet("photos", range(100), lambda i: started.append(i) or i)
+    assert next(fid.read_all(images, range(100))) == 0 and len(started) <= 8  # they may be large
 
 
 def test_fid_in_training(inception_file, cli, tmp_path):
@@ -1094,8 +1114,9 @@ def test_swd_of_sets(cli, tmp_path):
     assert code == 0 and out == "32 0.000\n16 0.000\nmean 0.000\n"
     code, out, _ = cli("fid", tmp_path / "a.npy", tmp_path / "blurred.npy", "--swd")
     assert code == 0 and float(out.split()[1]) > 50
-    for name, words in (("large.npy", "32 and 64"), ("odd.npy", "power of two")):
-        refused(cli("fid", tmp_path / "a.npy", tmp_path / name, "--swd"), words)
+    refused(cli("fid", tmp_path / "a.npy", tmp_path / "large.npy", "--swd"), "32 and 64")
+    said = cli("fid", tmp_path / "a.npy", tmp_path / "odd.npy", "--swd")
+    refused(said, "odd.npy: --swd", "power of two", "data.py")
 
 
 def test_readme(cli, tmp_path, monkeypatch):
