@@ -379,7 +379,8 @@ def compare_by_level(first, second):
     """
     count = min(len(first.names), len(second.names), 4096)
     if count < 128:
-        raise ValueError(f"--swd needs 128 images in each set, not {count}")
+        counts = f"{len(first.names)} and {len(second.names)}"
+        raise ValueError(f"--swd needs 128 images in each set, not {counts}")
     levels = [patches_by_level(images, count) for images in (first, second)]
     if levels[0].keys() != levels[1].keys():
         raise ValueError(f"--swd needs sets of one size, not {max(levels[0])} and {max(levels[1])}")
