@@ -15,7 +15,7 @@ import json
 import os
 import random
 import re
-import secrets
+import tempfile
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -55,10 +55,10 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
         prepare(names, read, img_size, path, quiet)
     try:
         images = np.load(path, mmap_mode="r")
-    except Exception as error:  # which one depends on the damage
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and start again") from error
     if not quiet:
-        print(f"{source}: {len(images):,} images of {img_size} px", flush=True)
+        print(f"{str(source)!a}: {len(images):,} images of {img_size} px", flush=True)
         if others:
             print(f"  other files, not used: {others}", flush=True)
     return images
@@ -91,7 +91,7 @@ class Batches:
             free, _ = torch.cuda.mem_get_info(self.device)
             if images.nbytes <= free / 2:
                 self.resident = torch.tensor(images, device=self.device)
-            # pinned memory opens the thread's current GPU, which is the first one in a new thread
+            # pinning opens CUDA on the thread's current GPU, which in a new thread is the first one
             self.thread.submit(torch.cuda.set_device, torch.cuda.current_device())
 
     def __getitem__(self, k):
@@ -142,7 +142,7 @@ def open_source(source, cache_dir):
     names: of the images, for messages; read(i, size): image i, a PIL image of (size, size);
     identity: what changes when the images do; others: how many files of each kind are not used.
     """
-    path = Path(source)  # which comes before the names below
+    path = Path(source)  # if it exists, it wins over a name such as "synthetic"
     if source and path.is_dir():
         return open_folder(path.resolve())
     if path.is_file():
@@ -153,7 +153,7 @@ def open_source(source, cache_dir):
     if kind == "synthetic" and rest.isdecimal() and int(rest) > 0:
         return range(int(rest)), draw_face, source, ""
     if kind == "torchvision":
-        return open_torchvision(rest, cache_dir)
+        return open_torchvision(source, rest, cache_dir)
     raise ValueError(f"{source!r} is none of these: {SOURCES}")
 
 
@@ -170,7 +170,7 @@ def open_zip(path):
     """The images of a zip archive, which is read as it is and not unpacked."""
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # which one depends on the damage
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(f"{path} is not a valid .zip: {error}") from error
     files = [(entry.filename, entry) for entry in archive.infolist() if not entry.is_dir()]
     names, entries, others = choose_images(path, files)
@@ -179,15 +179,14 @@ def open_zip(path):
     return names, lambda i, size: decode(archive.read(entries[i]), size), identity, others
 
 
-def open_torchvision(name, cache_dir):
+def open_torchvision(source, name, cache_dir):
     """A data set of torchvision.datasets that can be downloaded."""
     try:
-        images = getattr(torchvision.datasets, name)(cache_dir / name, download=True)
+        pairs = getattr(torchvision.datasets, name)(cache_dir / name, download=True)
     except Exception as error:  # no such name, no network, a set that nobody may distribute
         advice = "download its images yourself, and name their folder"
-        raise ValueError(f"torchvision:{name} is not available ({error}); {advice}") from error
-    source = f"torchvision:{name}"
-    return range(len(images)), lambda i, size: to_square(images[i][0], size), source, ""
+        raise ValueError(f"{source} is not available ({error}); {advice}") from error
+    return range(len(pairs)), lambda i, size: to_square(pairs[i][0], size), source, ""
 
 
 def walk(root):
@@ -205,15 +204,16 @@ def walk(root):
 def choose_images(source, files):
     """(name, file) pairs -> names and files of the images, sorted by name; a count of the others.
 
-    Hidden are files that begin with a dot, and those in a folder that begins with a dot or with @,
-    where network drives keep thumbnails. Raises ValueError if there are no images.
+    Files that begin with a dot are hidden, and so are those in a folder that begins with a dot, or
+    with @, where network drives keep thumbnails. Raises ValueError if there are no images.
     """
     images = []
     others = Counter()
     for name, file in files:
         inner = PurePosixPath(name)
         hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
-        kind = "hidden" if hidden else ascii(inner.suffix.lower())[1:-1] or "without an extension"
+        suffix = ascii(inner.suffix.lower())[1:-1]  # escaped, for terminals that cannot print it
+        kind = "hidden" if hidden else suffix or "without an extension"
         if kind in IMG_EXTENSIONS:
             images.append((name, file))
         else:
@@ -248,8 +248,12 @@ def to_square(image, size):
     """
     image.load()
     profile = image.info.get("icc_profile")
-    with contextlib.suppress(Exception):  # metadata that cannot be read is ignored
+    try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # metadata that cannot be read is ignored
+        pass
     image = to_eight_bits(image)
 
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
@@ -306,7 +310,7 @@ def prepare(names, read, size, path, quiet):
         try:
             return read(i, size).tobytes()
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            if "memory" in repr(error).lower() or getattr(error, "errno", None):
                 # not the image's fault: it would be missing from the array for ever
                 raise OSError(f"cannot read {names[i]!a} now: {error!r}") from error
             return error
@@ -337,15 +341,12 @@ def prepare(names, read, size, path, quiet):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a hidden name beside `path` to write to, and rename it to `path` once it is whole."""
+    """Yield a name to write to, in a hidden folder, and move it to `path` once it is whole."""
     path = Path(path)
-    # random, since two containers that share a disk may both be process 1
-    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # on the same disk
+        beside = Path(folder, path.name)
         yield beside
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -16,8 +16,8 @@ This file stands alone: it needs torch, torchvision, numpy, scipy and Pillow.
 import argparse
 import io
 import os
-import secrets
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
@@ -61,7 +61,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
-    return float(np.maximum(distance, 0))  # which keeps NaN
+    return float(np.maximum(distance, 0))  # unlike max, it keeps NaN
 
 
 class FeatureStats:
@@ -182,7 +182,7 @@ def list_images(path):
     Pixels are as pytorch-fid reads them: no colour profile, orientation or transparency. Other
     files are counted on standard error. Raises an error if there are no images.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.suffix.lower() == ".npy":
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
@@ -232,7 +232,7 @@ def decode(content):
     """The bytes of an image file -> uint8 (H, W, 3)."""
     with Image.open(io.BytesIO(content)) as image:
         if image.mode[0] in "IF":  # Pillow would clip 16 bits at 255
-            raise ValueError("its pixels are not of 8 bits: name the array that data.py prints")
+            raise ValueError("its pixels are not 8-bit: give the .npy that data.py makes of it")
         return np.array(image.convert("RGB"))
 
 
@@ -243,9 +243,10 @@ def read_all(images, places):
         try:
             return images.read(i)
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                raise OSError(f"cannot read {images.names[i]} now: {error!r}") from error
-            print(f"  skipped {images.names[i]}: {error!r}", file=sys.stderr, flush=True)
+            name = f"{images.names[i]} of {images.path}"
+            if "memory" in repr(error).lower() or getattr(error, "errno", None):
+                raise OSError(f"cannot read {name} now: {error!r}") from error
+            print(f"  skipped {name}: {error!r}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(places), 8):  # few at once, for they may be large
@@ -267,15 +268,15 @@ def measure(images, inception, clean=False):
     print(f"{images.path}: {stats.n:,} images", file=sys.stderr)
     if stats.n < 2048:  # the covariance is singular, and the FID mostly bias
         print(f"warning: an FID of only {stats.n:,} images is not reliable", file=sys.stderr)
-    sigma = stats.cov  # raises ValueError for fewer than two images
-    return stats.mean, sigma
+    return stats.mean, stats.cov  # raises ValueError for fewer than two images
 
 
 def save_stats(path, mu, sigma, clean):
     """Write statistics as pytorch-fid does, and how the images were resized."""
-    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    np.savez(beside, mu=mu, sigma=sigma, resize="clean" if clean else "bilinear")
-    os.replace(beside, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # on the same disk
+        beside = Path(folder, path.name)
+        np.savez(beside, mu=mu, sigma=sigma, resize="clean" if clean else "bilinear")
+        os.replace(beside, path)
 
 
 def load_stats(path, clean):
@@ -328,23 +329,22 @@ def patches_by_level(images, count):
 
     Raises ValueError unless all are squares of one size, a power of two from 16 px on.
     """
-    places = np.linspace(0, len(images.names) - 1, count).astype(int)
-    pixels = read_all(images, places)
+    readable = read_all(images, np.linspace(0, len(images.names) - 1, count).astype(int))
     shapes = set()
     levels = defaultdict(list)
-    while batch := list(islice(pixels, 8)):
+    while batch := list(islice(readable, 8)):
         shapes |= {image.shape for image in batch}
         size = len(batch[0])
         if shapes != {(size, size, 3)} or size < 16 or size & (size - 1):
             reason = "--swd needs squares of one size, a power of two from 16 px on"
-            raise ValueError(f"{images.path}: {reason}: name the array that data.py prints")
+            raise ValueError(f"{images.path}: {reason}: give the .npy that data.py makes of it")
+        pixels = np.stack(batch)
         # the places follow from an image's own pixels, so the order of a set does not matter
-        generators = [np.random.default_rng((0, zlib.crc32(image))) for image in batch]
-        x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).float()
-        for level in laplacian_pyramid(x):
+        generators = [np.random.default_rng((0, zlib.crc32(image))) for image in pixels]
+        for level in laplacian_pyramid(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()):
             levels[level.shape[-1]].append(cut_patches(level, generators))
     if sum(map(len, levels[16])) < count:
-        raise ValueError(f"{images.path}: --swd needs images that can all be read")
+        raise ValueError(f"{images.path}: some images cannot be read: remove them for --swd")
     print(f"{images.path}: {count:,} images", file=sys.stderr)
     return {size: torch.cat(patches) for size, patches in levels.items()}
 
@@ -364,8 +364,7 @@ def sliced_wasserstein(a, b, directions=256):
     lines = np.random.default_rng(0).standard_normal((directions, a.shape[1]), a.dtype)
     lines /= np.linalg.norm(lines, axis=1, keepdims=True)
     total = 0.0
-    for i in range(0, directions, 16):  # all at once would take much memory
-        some = lines[i : i + 16]
+    for some in np.split(lines, range(16, directions, 16)):  # all would take much memory
         gaps = np.abs(np.sort(some @ a.T) - np.sort(some @ b.T))
         total += gaps.mean(axis=1, dtype=np.float64).sum()
     return float(total / directions)
@@ -379,8 +378,7 @@ def compare_by_level(first, second):
     """
     count = min(len(first.names), len(second.names), 4096)
     if count < 128:
-        counts = f"{len(first.names)} and {len(second.names)}"
-        raise ValueError(f"--swd needs 128 images in each set, not {counts}")
+        raise ValueError(f"--swd needs 128 images in each set, not {count}")
     levels = [patches_by_level(images, count) for images in (first, second)]
     if levels[0].keys() != levels[1].keys():
         raise ValueError(f"--swd needs sets of one size, not {max(levels[0])} and {max(levels[1])}")
@@ -393,19 +391,21 @@ def compare_by_level(first, second):
 
 # ---------------------------------------------------------------------------------- command line
 def compare(args):
-    """Do what the command line says."""
+    """Print the distance of two sets, or save the statistics of one."""
     target = args.save_stats
     if len(args.sets) != (1 if target else 2):
         raise ValueError("give two sets to compare, or one set and --save-stats FILE.npz")
     if target and (target.suffix != ".npz" or not os.access(target.parent, os.W_OK)):
         raise ValueError(f"--save-stats {target}: name an .npz file in a folder that exists")
+    if args.swd and (target or any(path.suffix.lower() == ".npz" for path in args.sets)):
+        raise ValueError("--swd needs two sets of images, not statistics")
     sets = []
     for path in args.sets:  # all of them, before the first is measured
         try:
             is_stats = path.suffix.lower() == ".npz"
             sets.append(load_stats(path, args.clean) if is_stats else list_images(path))
         except Exception as error:  # which one depends on the damage
-            raise ValueError(f"{path} is no usable folder, .zip, .npy or .npz: {error}") from error
+            raise ValueError(f"{path} cannot be used: {error}") from error
     if args.swd:
         distances = compare_by_level(*sets)
         for size, distance in distances.items():

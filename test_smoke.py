@@ -437,8 +437,6 @@ def test_widths_and_settings():
     assert gan_qp.layer_widths(512) == [32, 64, 128, 256, 512, 1024, 2048]
     G = gan_qp.Generator(128)
     D = gan_qp.Discriminator(128)
-    assert sum(p.numel() for p in G.parameters()) / 1e6 == pytest.approx(19.6, abs=0.1)
-    assert sum(p.numel() for p in D.parameters()) / 1e6 == pytest.approx(17.5, abs=0.1)
     norms = [m for net in (G, D) for m in net.modules() if "BatchNorm" in type(m).__name__]
     assert len(norms) == 5 + 4 and all(m.eps == 1e-3 and m.momentum == 0.01 for m in norms)
     bound = math.sqrt(6 / (25 * (64 + 128)))  # Glorot uniform: within it, and filling it
@@ -545,15 +543,17 @@ def test_folders_and_archives(tmp_path, cli, capsys, monkeypatch):
     images = data.load_images("synthetic", 8, "cache")
     zipped = data.load_images("photos.zip", 8, "cache")
     assert len(images) == 7 and np.array_equal(zipped, images[:3])
-    assert [len(fid.list_images(path).names) for path in ("synthetic", "photos.zip")] == [7, 3]
-    said = capsys.readouterr()
+    assert len(fid.list_images("photos.zip").names) == 3
+    said = "".join(capsys.readouterr())
     kinds = "other files, not used: 2 .heic, 2 hidden, 1 .txt, 1 without an extension"
-    assert said.out.count(kinds) == said.err.count(kinds) == 2, said
+    assert said.count(kinds) == 3, said
 
     assert data.load_images(folder, 8, "cache").filename == images.filename
     noise_image(9).save(folder / "0000.png")
     changed = data.load_images(folder, 8, "cache")
     assert not np.array_equal(changed, images) and np.array_equal(changed[1:], images[1:])
+    monkeypatch.chdir(folder)
+    assert len(fid.list_images("../synthetic").names) == 7
     (folder / "one" / "three").symlink_to(folder)  # a loop
     refused(cli("data", folder), "one/three is a link to a folder above it")
     refused(cli("fid", folder, folder), "one/three is a link to a folder above it")
@@ -570,6 +570,7 @@ def test_a_disk_that_fails_costs_no_image(cli, tmp_path, monkeypatch):
         monkeypatch.setattr(place, Mock(side_effect=error))
         refused(cli("data", photos, "--cache-dir", tmp_path / "cache"), *words)
         refused(cli("fid", photos, photos, "--swd"), *words)
+    monkeypatch.undo()
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -586,7 +587,6 @@ def test_batches():
         assert sorted(sequence[10 * epoch : 10 * epoch + 10]) == list(range(10))  # no repeats
     assert sequence[:10] != sequence[10:20]
     assert label(data.Batches(images, 4, "cpu", seed=3)[7]) == sequence[28:32]  # seekable
-    assert label(data.Batches(images, 4, "cpu", seed=4)[0]) != sequence[:4]
     assert label(data.Batches(images, 40, "cpu", seed=3)[0]) == sequence  # several epochs
 
     x = batches[0]
@@ -605,10 +605,10 @@ def test_batches():
 
 def test_preparation_killed_and_twice_at_once(tmp_path, monkeypatch):
     def half_done():
-        before = set(tmp_path.iterdir())
+        before = set(tmp_path.rglob("*.npy"))
         words = ["synthetic:1000", "--img-size", 32, "--cache-dir", tmp_path]
         process = start(HERE / "data.py", *words)
-        while before >= set(tmp_path.iterdir()):
+        while before >= set(tmp_path.rglob("*.npy")):
             time.sleep(0.01)
             assert process.poll() is None
         return process
@@ -781,9 +781,8 @@ def test_mistakes_get_one_line_and_no_checkpoint_is_executed(cli, tmp_path, monk
             cli("gan_qp", *flags)
 
 
-@pytest.mark.parametrize("failure", ["loss", "gradient", "disk", "grid"])
-def test_a_failure_leaves_a_whole_checkpoint(failure, cli, tmp_path, monkeypatch):
-    """The last one, unless a grid fails, which comes after the save."""
+@pytest.mark.parametrize("failure", ["loss", "gradient", "disk"])
+def test_a_failure_leaves_the_last_checkpoint_whole(failure, cli, tmp_path, monkeypatch):
     last = tmp_path / "last.pt"
     assert cli("gan_qp", *TINY, "--iters", 1, "--out", tmp_path)[0] == 0
     state = weights(last)
@@ -791,8 +790,6 @@ def test_a_failure_leaves_a_whole_checkpoint(failure, cli, tmp_path, monkeypatch
         state["D"]["linear.weight"].fill_(3e38)
     if failure == "gradient":  # of a loss that is finite
         state["opt_G"]["state"][0]["exp_avg"].fill_(math.nan)
-    if failure == "grid":
-        (tmp_path / "samples" / "000002.png").mkdir()
     torch.save(state, last)
     before = last.read_bytes()
 
@@ -802,9 +799,9 @@ def test_a_failure_leaves_a_whole_checkpoint(failure, cli, tmp_path, monkeypatch
 
     if failure == "disk":
         monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(FloatingPointError if failure in ("loss", "gradient") else OSError):
+    with pytest.raises(OSError if failure == "disk" else FloatingPointError):
         cli("gan_qp", "--iters", 2, "--resume", "--out", tmp_path)
-    assert weights(last)["iter"] == 2 if failure == "grid" else last.read_bytes() == before
+    assert last.read_bytes() == before
     assert not list(tmp_path.rglob(".*"))  # nothing half-written
 
 
@@ -1009,23 +1006,22 @@ def test_resizing_is_that_of_clean_fid():
 def test_sets_of_images(tmp_path, cli, inception_file, monkeypatch):
     """Pixels as they are in the file, whatever the metadata; others are counted, or refused."""
     monkeypatch.chdir(tmp_path)
-    folder = noise_folder(Path("set"), 2)
+    noise_folder(Path("set"), 2)
     clear = noise_image(2)
     clear.putalpha(0)
     clear.save("set/0002.png", exif=SIDEWAYS)
     Path("set/0003.png").write_bytes(b"broken")
     Image.fromarray(np.full((32, 48), 32896, np.uint16)).save("set/0004.png")
     Path("set/a.txt").write_text("no image")
-    shutil.make_archive("set", "zip", folder)
+    shutil.make_archive("set", "zip", "set")
     for path in ("set", "set.zip"):
         images = list(fid.read_all(fid.list_images(path), range(5)))
         assert len(images) == 3
         for i, image in enumerate(images):
             assert np.array_equal(image, np.asarray(noise_image(i)))
-    own = ["--weights", inception_file, "--device", "cpu"]
-    code, _, err = cli("fid", "set", "set.zip", *own)
+    code, _, err = cli("fid", "set", "set.zip", "--weights", inception_file, "--device", "cpu")
     assert code == 0 and "not used: 1 .txt" in err and "skipped 0003.png" in err
-    assert "skipped 0004.png" in err and "of 8 bits" in err and "set.zip: 3 images" in err
+    assert "skipped 0004.png" in err and "8-bit" in err and "set.zip: 3 images" in err
 
     none = ["--weights", "none.pth"]  # mistakes are found before anything is measured
     np.savez("set.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
@@ -1042,12 +1038,18 @@ def test_sets_of_images(tmp_path, cli, inception_file, monkeypatch):
             refused(cli("fid", "set", f"damaged.{kind}", *none), f"damaged.{kind}")
     np.savez("other.npz", mean=np.zeros(3))
     np.save("float.npy", np.zeros((3, 8, 8, 3)))
-    for name, word in {"other.npz": "mu and sigma", "float.npy": "float64", "missing": ""}.items():
-        refused(cli("fid", "set", name, *none), name, word)
-    for name in ("nowhere/x.npz", "x.txt"):
-        refused(cli("fid", "set", "--save-stats", name, *none), name, ".npz")
-    refused(cli("fid", "set", "set", *none), "none.pth", "--weights")
-    refused(cli("fid", "set"), "two sets")
+    for flags, word in {
+        "set": "two sets",
+        "set set": "--weights",
+        "set missing": "No such file",
+        "set other.npz": "mu and sigma",
+        "set float.npy": "float64",
+        "set set.npz --swd": "not statistics",
+        "set --save-stats x.npz --swd": "not statistics",
+        "set --save-stats nowhere/x.npz": "nowhere/x.npz",
+        "set --save-stats x.txt": ".npz",
+    }.items():
+        refused(cli("fid", *flags.split(), *none), word)
 
     started = []
     images = fid.ImageSet("photos", range(100), lambda i: started.append(i) or i)
@@ -1088,14 +1090,12 @@ def test_swd_of_sets(cli, tmp_path):
     np.save(tmp_path / "a.npy", images)
     np.save(tmp_path / "reversed.npy", images[::-1])
     np.save(tmp_path / "blurred.npy", blurred.round().byte().numpy())
-    np.save(tmp_path / "large.npy", images.repeat(2, axis=1).repeat(2, axis=2))
     np.save(tmp_path / "odd.npy", images[:, :24, :24])
 
     code, out, _ = cli("fid", tmp_path / "a.npy", tmp_path / "reversed.npy", "--swd")
     assert code == 0 and out == "32 0.000\n16 0.000\nmean 0.000\n"
     code, out, _ = cli("fid", tmp_path / "a.npy", tmp_path / "blurred.npy", "--swd")
     assert code == 0 and float(out.split()[1]) > 50
-    refused(cli("fid", tmp_path / "a.npy", tmp_path / "large.npy", "--swd"), "32 and 64")
     said = cli("fid", tmp_path / "a.npy", tmp_path / "odd.npy", "--swd")
     refused(said, "odd.npy: --swd", "power of two", "data.py")
 
