@@ -58,7 +58,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = scipy.linalg.eigh(sigma1, driver="evd")
     root = vectors * np.sqrt(values.clip(0))
     trace_of_root = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)).sum()
-
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return float(np.maximum(distance, 0))  # unlike max, it keeps NaN
@@ -182,13 +181,14 @@ def list_images(path):
     Pixels are as pytorch-fid reads them: no colour profile, orientation or transparency. Other
     files are counted on standard error. Raises an error if there are no images.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     if path.suffix.lower() == ".npy":
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ValueError(f"{array.dtype} {array.shape} is not uint8 (N, H, W, 3)")
         return ImageSet(path, range(len(array)), lambda i: np.array(array[i]))
     if path.is_dir():
+        path = path.resolve()  # for `walk`, which looks at the folders above
         files = ((file.relative_to(path).as_posix(), None) for file in walk(path))
     else:
         archive = zipfile.ZipFile(path)
