@@ -15,7 +15,7 @@ import json
 import os
 import random
 import re
-import tempfile
+import secrets
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -212,8 +212,7 @@ def choose_images(source, files):
     for name, file in files:
         inner = PurePosixPath(name)
         hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
-        suffix = ascii(inner.suffix.lower())[1:-1]  # escaped, for terminals that cannot print it
-        kind = "hidden" if hidden else suffix or "without an extension"
+        kind = "hidden" if hidden else ascii(inner.suffix.lower())[1:-1] or "without an extension"
         if kind in IMG_EXTENSIONS:
             images.append((name, file))
         else:
@@ -310,7 +309,7 @@ def prepare(names, read, size, path, quiet):
         try:
             return read(i, size).tobytes()
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            if "memory" in repr(error).lower() or getattr(error, "errno", None):
+            if re.search("^Memory|out of memory", repr(error)) or getattr(error, "errno", None):
                 # not the image's fault: it would be missing from the array for ever
                 raise OSError(f"cannot read {names[i]!a} now: {error!r}") from error
             return error
@@ -341,12 +340,13 @@ def prepare(names, read, size, path, quiet):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a name to write to, in a hidden folder, and move it to `path` once it is whole."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # on the same disk
-        beside = Path(folder, path.name)
+    """Yield a hidden name beside `path` to write to, and rename it to `path` once it is whole."""
+    beside = Path(path).with_name(f".{secrets.token_hex(4)}-{Path(path).name}")
+    try:
         yield beside
         os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------- pictures

@@ -16,8 +16,8 @@ This file stands alone: it needs torch, torchvision, numpy, scipy and Pillow.
 import argparse
 import io
 import os
+import secrets
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict, namedtuple
@@ -183,7 +183,7 @@ def list_images(path):
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ValueError(f"{array.dtype} {array.shape} is not uint8 (N, H, W, 3)")
         return ImageSet(path, range(len(array)), lambda i: np.array(array[i]))
@@ -229,7 +229,6 @@ def walk(root):
 
 
 def decode(content):
-    """The bytes of an image file -> uint8 (H, W, 3)."""
     with Image.open(io.BytesIO(content)) as image:
         if image.mode[0] in "IF":  # Pillow would clip 16 bits at 255
             raise ValueError("its pixels are not 8-bit: give the .npy that data.py makes of it")
@@ -243,10 +242,9 @@ def read_all(images, places):
         try:
             return images.read(i)
         except Exception as error:  # Pillow raises nearly every kind of error for bad files
-            name = f"{images.names[i]} of {images.path}"
-            if "memory" in repr(error).lower() or getattr(error, "errno", None):
-                raise OSError(f"cannot read {name} now: {error!r}") from error
-            print(f"  skipped {name}: {error!r}", file=sys.stderr, flush=True)
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise OSError(f"{images.names[i]} of {images.path}: {error!r}") from error
+            print(f"  skipped {images.names[i]} of {images.path}: {error!r}", file=sys.stderr)
 
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(places), 8):  # few at once, for they may be large
@@ -265,22 +263,24 @@ def measure(images, inception, clean=False):
     stats = FeatureStats()
     while batch := list(islice(small, 50)):
         stats.update(inception.features(torch.cat(batch)))
-    print(f"{images.path}: {stats.n:,} images", file=sys.stderr)
-    if stats.n < 2048:  # the covariance is singular, and the FID mostly bias
-        print(f"warning: an FID of only {stats.n:,} images is not reliable", file=sys.stderr)
+    few = " (an FID of fewer than 2,048 is not reliable)" if stats.n < 2048 else ""
+    print(f"{images.path}: {stats.n:,} images{few}", file=sys.stderr)
     return stats.mean, stats.cov  # raises ValueError for fewer than two images
 
 
 def save_stats(path, mu, sigma, clean):
     """Write statistics as pytorch-fid does, and how the images were resized."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # on the same disk
-        beside = Path(folder, path.name)
+    beside = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
+    try:
         np.savez(beside, mu=mu, sigma=sigma, resize="clean" if clean else "bilinear")
         os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_stats(path, clean):
     """-> (mu, sigma). Raises ValueError for other files, and if images were resized differently."""
+    zipfile.ZipFile(path).close()  # of other files np.load says how to load them unsafely
     arrays = dict(np.load(path))
     if not {"mu", "sigma"} <= arrays.keys():
         raise ValueError(f"it holds {list(arrays)}, not mu and sigma: use --save-stats")
@@ -405,7 +405,7 @@ def compare(args):
             is_stats = path.suffix.lower() == ".npz"
             sets.append(load_stats(path, args.clean) if is_stats else list_images(path))
         except Exception as error:  # which one depends on the damage
-            raise ValueError(f"{path} cannot be used: {error}") from error
+            raise ValueError(f"{path} is no usable folder, .zip, .npy or .npz: {error}") from error
     if args.swd:
         distances = compare_by_level(*sets)
         for size, distance in distances.items():

@@ -802,7 +802,7 @@ def test_a_failure_leaves_the_last_checkpoint_whole(failure, cli, tmp_path, monk
     with pytest.raises(OSError if failure == "disk" else FloatingPointError):
         cli("gan_qp", "--iters", 2, "--resume", "--out", tmp_path)
     assert last.read_bytes() == before
-    assert not list(tmp_path.rglob(".*"))  # nothing half-written
+    assert not list(tmp_path.rglob(".*"))
 
 
 def long_run(cache, out, *flags):
