@@ -58,7 +58,7 @@ def load_images(source, img_size, cache_dir=None, quiet=False):
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and start again") from error
     if not quiet:
-        print(f"{str(source)!a}: {len(images):,} images of {img_size} px", flush=True)
+        print(f"{source}: {len(images):,} images of {img_size} px", flush=True)
         if others:
             print(f"  other files, not used: {others}", flush=True)
     return images

@@ -103,9 +103,8 @@ def leave_out_padding(branch_pool, inputs):
     torchvision's blocks take such an average and pass it to their `branch_pool`. Where k of the
     nine places are padding, this divides the average by (9 - k) / 9.
     """
-    (average,) = inputs
-    inside = torch.ones_like(average[:1, :1])
-    return average / F.avg_pool2d(inside, 3, stride=1, padding=1)
+    inside = torch.ones_like(inputs[0][:1, :1])
+    return inputs[0] / F.avg_pool2d(inside, 3, stride=1, padding=1)
 
 
 def take_maximum(block, inputs, output):
@@ -405,7 +404,7 @@ def compare(args):
             is_stats = path.suffix.lower() == ".npz"
             sets.append(load_stats(path, args.clean) if is_stats else list_images(path))
         except Exception as error:  # which one depends on the damage
-            raise ValueError(f"{path} is no usable folder, .zip, .npy or .npz: {error}") from error
+            raise ValueError(f"{path} isn't a valid folder, .zip, .npy or .npz: {error}") from error
     if args.swd:
         distances = compare_by_level(*sets)
         for size, distance in distances.items():
