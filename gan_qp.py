@@ -208,7 +208,7 @@ def train(args, images, checkpoint, inception):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, args.pairwise)
-    G_ema = copy.deepcopy(G)  # before the conversion, since the first process runs it alone
+    G_ema = copy.deepcopy(G).eval()  # before the conversion, since the first process runs it alone
     if WORLD > 1 and args.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(G)
         nn.SyncBatchNorm.convert_sync_batchnorm(D)
@@ -342,12 +342,8 @@ def save(path, it, args, log, state):
 
 @torch.no_grad()
 def generate(G, z):
-    """Noise (N, z_dim) -> uint8 images (N, 3, S, S), in evaluation mode and without autocast."""
-    training = G.training
-    G.eval()
-    images = [((G(part) + 1) * 127.5).round().byte() for part in z.split(32)]
-    G.train(training)
-    return torch.cat(images)
+    """Noise (N, z_dim) -> uint8 images (N, 3, S, S), without autocast; G is in evaluation mode."""
+    return torch.cat([((G(part) + 1) * 127.5).round().byte() for part in z.split(32)])
 
 
 def measure_fid(G, z, inception, real_stats):
@@ -363,6 +359,7 @@ def sample(args):
     flags = checkpoint["args"]
     G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"]).to(args.device)
     G.load_state_dict(checkpoint["G_ema"])
+    G.eval()
     rng = torch.Generator().manual_seed(args.seed)
     z = torch.randn(args.num_samples, flags["z_dim"], generator=rng).to(args.device)
     out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
@@ -394,7 +391,7 @@ def parse_args(parser):
     flag("--iters", type=int, default=100000, help="generator updates")
     flag("--d-steps", type=int, default=2, help="discriminator updates for each generator update")
     flag("--batch-size", type=int, help="over all processes (64, from 512 px on 32)")
-    flag("--lr", type=float, default=2e-4, help="learning rate of Adam")
+    flag("--lr", type=float, help="learning rate (2e-4 * 1024 / the widest layer, at least 2e-4)")
     flag("--betas", type=float, nargs=2, default=[0.5, 0.999], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
     flag("--max-channels", type=int, default=2048, help="upper limit on the channels of a layer")
@@ -431,7 +428,9 @@ def parse_args(parser):
     if args.precision == "auto":
         native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if native else "fp32"
-    layer_widths(args.img_size, args.max_channels)  # raises ValueError, as do the next two
+    widest = layer_widths(args.img_size, args.max_channels)[-1]  # raises ValueError, as Adam does
+    if args.lr is None:
+        args.lr = 2e-4 * max(1, 1024 / widest)  # the paper's at the paper's width
     torch.optim.Adam([torch.zeros(1)], args.lr, args.betas)
     data.check_outside(args.out, args.data)
     if min(args.iters, args.d_steps, args.seed + 1) < 1 or not 0 <= args.average <= 1:

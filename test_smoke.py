@@ -392,8 +392,7 @@ def test_training_steps_are_the_authors(metric, capsys, monkeypatch):
     z = (golden(6, 5, 3, 8, 16) - 0.5) * math.sqrt(12)
     x = (2 * golden(7, 5, 3, 8, 3, 16, 16) - 1) * golden(8, 5, 3, 8, 1, 1, 1)
     _, args = arguments(monkeypatch, f"gan_qp --metric {metric}")
-    opt_G = torch.optim.Adam(G.parameters(), args.lr, args.betas)
-    opt_D = torch.optim.Adam(D.parameters(), args.lr, args.betas)
+    optimizers = [torch.optim.Adam(net.parameters(), args.lr, args.betas) for net in (G, D)]
     found = []
     update = gan_qp.update
 
@@ -405,7 +404,7 @@ def test_training_steps_are_the_authors(metric, capsys, monkeypatch):
 
     monkeypatch.setattr(gan_qp, "update", update_as_keras)
     for it in range(5):
-        losses = gan_qp.train_iteration(x[it], z[it], G, D, opt_G, opt_D, args)
+        losses = gan_qp.train_iteration(x[it], z[it], G, D, *optimizers, args)
         found[-1] *= -1
         found.append(losses["lipschitz"].item())
 
@@ -433,7 +432,9 @@ def test_shapes(size):
     assert gan_qp.Discriminator(size, 256, pairwise=True)(torch.cat([x, x], 1)).shape == (2,)
 
 
-def test_widths_and_settings():
+def test_widths_and_settings(monkeypatch):
+    for command, lr in {"sgan_sn --img-size 256": 2e-4, "wgan_gp --img-size 32": 4e-4}.items():
+        assert arguments(monkeypatch, command)[1].lr == lr
     assert gan_qp.layer_widths(512) == [32, 64, 128, 256, 512, 1024, 2048]
     G = gan_qp.Generator(128)
     D = gan_qp.Discriminator(128)
@@ -447,7 +448,7 @@ def test_widths_and_settings():
 OWN = "Discriminator qp_divergence score_difference sgan_loss gradient_penalty divergence_penalty"
 OWN = [*OWN.split(), "clip_weights", "train_iteration"]
 OWN_LINES = re.compile(
-    r"D = Discriminator\(|x_real = \[batches|"
+    r"D = Discriminator\(|x_real = \[batches|args\.lr = |"
     r'flag\("--(d-steps|lr|betas|constraint|gp-weight|metric|lam|power|pairwise|no-sn)"'
 )
 
@@ -732,7 +733,7 @@ def test_average_of_the_generator(cli, tmp_path):
     torch.testing.assert_close(average["layers.0.weight"], (one + 3 * two + 5 * three) / 9)
     assert torch.equal(run(3, 0)["G_ema"]["layers.0.weight"], three)
 
-    G = gan_qp.Generator(16, 8, 8)
+    G = gan_qp.Generator(16, 8, 8).eval()
     G.load_state_dict(average)
     torch.manual_seed(0)
     features = G.linear(torch.randn(10**5, 8))  # batch norm has the averaged weights' statistics
@@ -1086,10 +1087,9 @@ def test_swd_of_sets(cli, tmp_path):
     enlarged = torch.zeros_like(x)
     enlarged[:, :, ::2, ::2] = small
     torch.testing.assert_close(large + 4 * fid.blur(enlarged), x)
-    blurred = fid.blur(x).permute(0, 2, 3, 1)
     np.save(tmp_path / "a.npy", images)
     np.save(tmp_path / "reversed.npy", images[::-1])
-    np.save(tmp_path / "blurred.npy", blurred.round().byte().numpy())
+    np.save(tmp_path / "blurred.npy", fid.blur(x).permute(0, 2, 3, 1).round().byte().numpy())
     np.save(tmp_path / "odd.npy", images[:, :24, :24])
 
     code, out, _ = cli("fid", tmp_path / "a.npy", tmp_path / "reversed.npy", "--swd")
