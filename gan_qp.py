@@ -430,7 +430,7 @@ def parse_args(parser):
         args.precision = "bf16" if native else "fp32"
     widest = layer_widths(args.img_size, args.max_channels)[-1]  # raises ValueError, as Adam does
     if args.lr is None:
-        args.lr = 2e-4 * max(1, 1024 / widest)  # the paper's at the paper's width
+        args.lr = 2e-4 * max(1, 1024 / widest)  # narrower networks want more: see README
     torch.optim.Adam([torch.zeros(1)], args.lr, args.betas)
     data.check_outside(args.out, args.data)
     if min(args.iters, args.d_steps, args.seed + 1) < 1 or not 0 <= args.average <= 1:
