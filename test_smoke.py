@@ -1098,7 +1098,8 @@ def test_readme(cli, tmp_path, monkeypatch):
     """The copied step is train_iteration's. A generator is loaded. The scripts have all flags."""
     monkeypatch.chdir(tmp_path)
     Path("runs/gan_qp-32").mkdir(parents=True)
-    checkpoint = {"G_ema": gan_qp.Generator(32, max_channels=128).state_dict()}
+    flags = {"img_size": 32, "z_dim": 8, "max_channels": 8}
+    checkpoint = {"args": flags, "G_ema": gan_qp.Generator(**flags).state_dict()}
     torch.save(checkpoint, "runs/gan_qp-32/last.pt")
     text = (HERE / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -1113,7 +1114,6 @@ def test_readme(cli, tmp_path, monkeypatch):
         assert_same(copied[name].state_dict()["state"], ours[name].state_dict()["state"])
     exec(snippets[1], load := {})
     assert load["images"].shape == (16, 3, 32, 32)
-
     helps = "".join(cli(program, "-h")[1] for program in [*SCRIPTS, "fid"])
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     known |= {"--nproc-per-node", "--ema"}  # torchrun's, an earlier version's
