@@ -38,7 +38,6 @@ import fid
 
 RANK = int(os.environ.get("RANK", 0))  # which of the WORLD processes this is: set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-NORM = {"eps": 1e-3, "momentum": 0.01}  # batch norm of Keras, whose momentum 0.99 is 0.01 here
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -68,13 +67,13 @@ class Generator(nn.Module):
         super().__init__()
         widths = layer_widths(img_size, max_channels)[::-1]
         self.linear = nn.Linear(z_dim, 16 * widths[0])
-        self.norm = nn.BatchNorm1d(16 * widths[0], **NORM)
+        self.norm = nn.BatchNorm1d(16 * widths[0], eps=1e-3)  # epsilon: Keras'
 
         up = {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}
         layers = []
         for wide, narrow in itertools.pairwise(widths):
             layers.append(nn.ConvTranspose2d(wide, narrow, **up))
-            layers.append(nn.BatchNorm2d(narrow, **NORM))
+            layers.append(nn.BatchNorm2d(narrow, eps=1e-3))
             layers.append(nn.ReLU(inplace=True))
         layers.append(nn.ConvTranspose2d(widths[-1], 3, **up))
         self.layers = nn.Sequential(*layers)
@@ -100,7 +99,7 @@ class Discriminator(nn.Module):
         layers = [nn.Conv2d(channels, widths[0], **conv), nn.LeakyReLU(0.2, inplace=True)]
         for narrow, wide in itertools.pairwise(widths):
             layers.append(nn.Conv2d(narrow, wide, **conv))
-            layers.append(nn.BatchNorm2d(wide, **NORM))
+            layers.append(nn.BatchNorm2d(wide, eps=1e-3))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(16 * widths[-1], 1, bias=False)
@@ -158,6 +157,7 @@ def train_iteration(x_real, z, G, D, opt_G, opt_D, args):
     x_real: real batches, (B, 3, S, S) in [-1, 1], one for each update of D (with --pairwise one
     more, for G); z: noise, (B, z_dim), one for each update, G's last. Returns the last losses by
     name, as scalar tensors, without waiting for the GPU.
+    Of args it reads d_steps, precision, pairwise, metric, lam and power.
     """
     amp = torch.autocast(z[0].device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -183,7 +183,7 @@ def train_iteration(x_real, z, G, D, opt_G, opt_D, args):
     update(opt_G, g_loss)
     D.requires_grad_(True)
 
-    losses = {"d_loss": d_loss, "g_loss": g_loss, "divergence": -d_loss, "lipschitz": lipschitz}
+    losses = {"d_loss": d_loss, "g_loss": g_loss, "lipschitz": lipschitz}
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -192,7 +192,7 @@ def update(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
     if WORLD > 1:
-        # not DistributedDataParallel, which does not see the gradient within a gradient penalty
+        # DistributedDataParallel would not see the gradients within wgan_gp.py's penalty
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad /= WORLD
             torch.distributed.all_reduce(parameter.grad)
@@ -208,7 +208,7 @@ def train(args, images, checkpoint, inception):
     torch.manual_seed(args.seed)
     G = Generator(args.img_size, args.z_dim, args.max_channels)
     D = Discriminator(args.img_size, args.max_channels, args.pairwise)
-    G_ema = copy.deepcopy(G).eval()  # before the conversion, since the first process runs it alone
+    G_ema = copy.deepcopy(G).eval()  # without SyncBatchNorm: the first process runs it alone
     if WORLD > 1 and args.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(G)
         nn.SyncBatchNorm.convert_sync_batchnorm(D)
@@ -226,8 +226,9 @@ def train(args, images, checkpoint, inception):
         for optimizer in (opt_G, opt_D):  # typed flags win
             optimizer.param_groups[0].update(lr=args.lr, betas=args.betas)
 
+    n_real = args.d_steps + args.pairwise  # real batches an iteration
     batches = data.Batches(images, args.batch_size, device, args.seed, args.flip, RANK, WORLD)
-    batches.ahead = args.d_steps + 1  # read one iteration ahead
+    batches.ahead = n_real  # read one iteration ahead
     out = Path(args.out)
     rng = torch.Generator().manual_seed(args.seed)  # the same noise for all grids and FIDs
     z_fixed = torch.randn(max(2048, args.fid_samples), args.z_dim, generator=rng).to(device)
@@ -236,22 +237,22 @@ def train(args, images, checkpoint, inception):
         start_folder(out, args, log)
         data.save_grid(data.evenly_spaced(images, columns**2), out / "real.png", columns)
         if inception:
-            real_stats = fid.measure(fid.list_images(images.filename), inception)
-        print(f"{args.device}, {args.precision}: training from iteration {start + 1}; Ctrl-C saves")
+            real = fid.measure(fid.list_images(images.filename), inception)
+        setting = f"{args.device}, {args.precision}, {args.max_channels} channels; Ctrl-C saves"
+        print(f"{'continues' if start else 'new run'} from iteration {start + 1}: {setting}")
     signals = catch_signals()
     sec = log[-1]["sec"] if log else 0.0  # without saving, grids and FID
     clock = time.perf_counter()
 
     for it in range(start + 1, args.iters + 1):
-        # all randomness follows from the seed and `it`: on a CPU, runs are resumed bit for bit
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, it)).generate_state(1)[0]))
-        first = (it - 1) * (args.d_steps + 1)  # G's batch counts too: --pairwise uses it
-        x_real = [batches[first + step] for step in range(args.d_steps + args.pairwise)]
+        # each iteration has a seed of its own: on a CPU, runs are resumed bit for bit
+        torch.manual_seed(np.random.SeedSequence((args.seed, it)).generate_state(1).item())
+        x_real = [batches[(it - 1) * n_real + step] for step in range(n_real)]
         shape = (args.batch_size, args.z_dim)  # of all processes together
         z = [torch.randn(shape, device=device).chunk(WORLD)[RANK] for _ in range(args.d_steps + 1)]
         losses = train_iteration(x_real, z, G, D, opt_G, opt_D, args)
 
-        # average over the last share of the run (power function: Karras et al., arXiv 2312.02696)
+        # average G over about the last tenth of the run (power function: arXiv 2312.02696)
         share = 1 - (1 - 1 / it) ** (1 / args.average) if args.average else 1
         for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
             average.detach().lerp_(weight.detach(), share)
@@ -261,42 +262,42 @@ def train(args, images, checkpoint, inception):
             votes = torch.tensor(len(signals), device=device)
             torch.distributed.all_reduce(votes)
             stop = stop or votes.item() > 0
+        # an FID comes with a save, and a save or a grid with a row
         fid_now = due(it, args.fid_every, also=args.iters)
         save_now = due(it, args.save_every) or fid_now or stop
-        log_now = due(it, args.log_every, also=1) or save_now
         grid_now = due(it, args.sample_every, also=100) or stop
-        if RANK == 0 and (log_now or grid_now):  # the log holds the first process's losses
+        log_now = due(it, args.log_every, also=1) or save_now or grid_now
+        if RANK == 0 and log_now:  # the log holds the first process's losses
             row = {"iter": it, **{name: loss.item() for name, loss in losses.items()}}
             sec += time.perf_counter() - clock
-            total = sum(row.values()) + sum(weight.sum().item() for weight in G.parameters())
-            if not math.isfinite(total):  # as a single NaN or infinity makes it
+            if not all(x.isfinite().all() for x in (*losses.values(), *G.parameters())):
                 raise FloatingPointError("the loss or G is not finite: --resume with a lower --lr")
+            done, before = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
+            images_seen = (it - done) * args.d_steps * args.batch_size
+            row |= {"sec": sec, "img_per_sec": images_seen / (sec - before)}
+            log.append(row)
             if save_now or grid_now:
                 update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone are averaged
-            if fid_now:
-                row["fid"] = measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real_stats)
-            if log_now:
-                done, before = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
-                images_seen = (it - done) * args.d_steps * args.batch_size
-                row |= {"sec": sec, "img_per_sec": images_seen / (sec - before)}
-                log.append(row)
-            if fid_now and row["fid"] == min(old["fid"] for old in log if "fid" in old):
-                save(out / "best.pt", it, args, log, state)
             if save_now:
                 save(out / "last.pt", it, args, log, state)
+            if fid_now:  # after the save, for it takes long and much memory
+                row |= measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real, signals)
+                if "fid" in row and row["fid"] == min(old["fid"] for old in log if "fid" in old):
+                    save(out / "best.pt", it, args, log, state)
+                save(out / "last.pt", it, args, log, state)  # which now holds the FID
             if grid_now:
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
-            if log_now:  # last, for the terminal may be gone
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")  # before print, which fails without a terminal
+            print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
             clock = time.perf_counter()
         if stop:
             break
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # for a notebook, which goes on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook needs Ctrl-C afterwards
     if RANK == 0:
-        print(f"saved at iteration {log[-1]['iter']} of {args.iters} in {out}; --resume continues")
+        more = "--resume" if log[-1]["iter"] < args.iters else "--resume --iters N"
+        print(f"saved at iteration {log[-1]['iter']} of {args.iters} in {out}; {more} continues")
 
 
 def due(it, every, also=None):
@@ -346,20 +347,21 @@ def generate(G, z):
     return torch.cat([((G(part) + 1) * 127.5).round().byte() for part in z.split(32)])
 
 
-def measure_fid(G, z, inception, real_stats):
+def measure_fid(G, z, inception, real_stats, signals):
     stats = fid.FeatureStats()
     for part in z.split(64):
+        if signals:
+            return {}  # the run is asked to end
         stats.update(inception(generate(G, part)))
-    return fid.frechet_distance(stats.mean, stats.cov, *real_stats)
+    return {"fid": fid.frechet_distance(stats.mean, stats.cov, *real_stats)}
 
 
 def sample(args):
     """Write images of the generator in args.sample to args.out: one grid, or a folder of PNGs."""
     checkpoint = torch.load(args.sample, map_location="cpu", weights_only=True)
     flags = checkpoint["args"]
-    G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"]).to(args.device)
-    G.load_state_dict(checkpoint["G_ema"])
-    G.eval()
+    G = Generator(flags["img_size"], flags["z_dim"], flags["max_channels"]).eval()
+    G.to(args.device).load_state_dict(checkpoint["G_ema"])
     rng = torch.Generator().manual_seed(args.seed)
     z = torch.randn(args.num_samples, flags["z_dim"], generator=rng).to(args.device)
     out = Path(args.out or f"{args.sample}-seed{args.seed}.png")
@@ -394,10 +396,10 @@ def parse_args(parser):
     flag("--lr", type=float, help="learning rate (2e-4 * 1024 / the widest layer, at least 2e-4)")
     flag("--betas", type=float, nargs=2, default=[0.5, 0.999], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
-    flag("--max-channels", type=int, default=2048, help="upper limit on the channels of a layer")
+    flag("--max-channels", type=int, help="channels of a layer at most (2048, on a CPU 128)")
     flag("--average", type=float, default=0.1, help="share of the run in G's average (0: none)")
     flag("--seed", type=int, default=0, help="random seed")
-    flag("--device", choices=devices, default=devices[0], help="where to run")
+    flag("--device", choices=devices, default=devices[0], help="cuda if torch finds a GPU")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on newer GPUs")
     flag("--out", help="folder of the run (runs/SCRIPT-SIZE); with --sample a picture or a folder")
     flag("--resume", action="store_true", help="continue the run in --out with its flags, or start")
@@ -421,17 +423,18 @@ def parse_args(parser):
             raise ValueError(f"{args.out} holds a run: add --resume, or name another --out")
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
         flags = {name: old for name, old in checkpoint["args"].items() if name in args}
-        flags |= {"out": args.out, "device": args.device}
-        args = parser.parse_args(namespace=argparse.Namespace(**flags))  # typed flags win
+        parser.set_defaults(**flags | {"out": args.out, "device": args.device})
+        args = parser.parse_args()  # typed flags win over the checkpoint's
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
+    if args.max_channels is None:
+        args.max_channels = 2048 if args.device == "cuda" else 128
     if args.precision == "auto":
         native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if native else "fp32"
-    widest = layer_widths(args.img_size, args.max_channels)[-1]  # raises ValueError, as Adam does
+    args.max_channels = layer_widths(args.img_size, args.max_channels)[-1]
     if args.lr is None:
-        args.lr = 2e-4 * max(1, 1024 / widest)  # narrower networks want more: see README
-    torch.optim.Adam([torch.zeros(1)], args.lr, args.betas)
+        args.lr = 2e-4 * max(1, 1024 / args.max_channels)  # narrower networks want more: see README
     data.check_outside(args.out, args.data)
     if min(args.iters, args.d_steps, args.seed + 1) < 1 or not 0 <= args.average <= 1:
         raise ValueError("--iters and --d-steps start at 1, --seed at 0; --average is from 0 to 1")
@@ -449,7 +452,7 @@ def main():
     try:
         args, checkpoint = parse_args(parser)
         if args.sample:
-            return sample(args)
+            return sample(args) if RANK == 0 else None  # one process writes them all
         if WORLD > 1:
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -457,7 +460,7 @@ def main():
             shared = [args, checkpoint]  # the first's: other machines may not see its files
             torch.distributed.broadcast_object_list(shared)
             args, checkpoint = shared
-            if RANK == 0:
+            if os.environ["LOCAL_RANK"] == "0":  # the first process on each machine
                 data.load_images(args.data, args.img_size, args.cache_dir)
             torch.distributed.barrier()  # the others wait until the images are ready
         images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=WORLD > 1)
