@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageCms, ImageColor, ImageDraw, ImageOps
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 CACHE_DIR = "~/.cache/gan-qp"
 SOURCES = "a folder, a valid .zip, torchvision:NAME, synthetic or synthetic:N"
-VERSION = 7  # raise it when a source gives different pixels: old arrays are then ignored
+VERSION = 8  # raise it when a source gives different pixels: old arrays are then ignored
 
 
 # -------------------------------------------------------------------------------- what to import
@@ -210,7 +209,7 @@ def choose_images(source, files):
     images = []
     others = Counter()
     for name, file in files:
-        inner = PurePosixPath(name)
+        inner = PurePosixPath(name.replace("../", ""))  # `zip -r photos.zip ../photos` writes it
         hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
         kind = "hidden" if hidden else ascii(inner.suffix.lower())[1:-1] or "without an extension"
         if kind in IMG_EXTENSIONS:
@@ -243,8 +242,10 @@ def decode(content, size):
 def to_square(image, size):
     """Any PIL image -> RGB, upright, sRGB, over white, centre-cropped and resized to (size, size).
 
-    Raises ValueError if its pixel values have no defined range.
+    Raises ValueError unless its pixels are 8-bit.
     """
+    if image.mode[0] in "IF":  # 16 or 32 bits, or float: Pillow would clip them at 255
+        raise ValueError("its pixels are not 8-bit: convert it")
     image.load()
     profile = image.info.get("icc_profile")
     try:
@@ -253,10 +254,9 @@ def to_square(image, size):
         raise
     except Exception:  # metadata that cannot be read is ignored
         pass
-    image = to_eight_bits(image)
-
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    transparent = image.has_transparency_data
+    unused = image.format == "BMP" and image.getextrema()[-1] == (0, 0)  # a fourth byte, no alpha
+    transparent = image.has_transparency_data and not unused
     image = image.convert("RGBA" if transparent else mode)
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     if transparent:
@@ -267,23 +267,6 @@ def to_square(image, size):
     if transform:
         return ImageCms.applyTransform(square, transform)
     return square.convert("RGB")
-
-
-def to_eight_bits(image):
-    """16-bit grey -> 8-bit grey; 8-bit images as they are. Raises ValueError for all others."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    thirty_two_bits = image.mode in ("I", "F") and not sixteen
-    twelve_bits = sixteen and tags.get(BITSPERSAMPLE, (16,)) != (16,)
-    inverted = sixteen and tags.get(PHOTOMETRIC_INTERPRETATION) == 0
-    signed_or_float = {2, 3} & set(tags.get(SAMPLEFORMAT, ()))
-    if thirty_two_bits or twelve_bits or inverted or signed_or_float:
-        raise ValueError(
-            "its pixels are float, signed, inverted, or of 12 or 32 bits: convert it to 8 bits"
-        )
-    if not sixteen:
-        return image
-    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
 
 
 @lru_cache(maxsize=64)

@@ -196,7 +196,7 @@ def list_images(path):
     images = []
     others = Counter()
     for name, entry in files:
-        inner = PurePosixPath(name)
+        inner = PurePosixPath(name.replace("../", ""))  # `zip -r photos.zip ../photos` writes it
         hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
         kind = "hidden" if hidden else inner.suffix.lower() or "without an extension"
         if kind in IMG_EXTENSIONS:
@@ -230,7 +230,7 @@ def walk(root):
 def decode(content):
     with Image.open(io.BytesIO(content)) as image:
         if image.mode[0] in "IF":  # Pillow would clip 16 bits at 255
-            raise ValueError("its pixels are not 8-bit: give the .npy that data.py makes of it")
+            raise ValueError("its pixels are not 8-bit: convert it")
         return np.array(image.convert("RGB"))
 
 
@@ -344,7 +344,7 @@ def patches_by_level(images, count):
             levels[level.shape[-1]].append(cut_patches(level, generators))
     if sum(map(len, levels[16])) < count:
         raise ValueError(f"{images.path}: some images cannot be read: remove them for --swd")
-    print(f"{images.path}: {count:,} images", file=sys.stderr)
+    print(f"{images.path}: {count:,} of {len(images.names):,} images", file=sys.stderr)
     return {size: torch.cat(patches) for size, patches in levels.items()}
 
 
@@ -380,7 +380,8 @@ def compare_by_level(first, second):
         raise ValueError(f"--swd needs 128 images in each set, not {count}")
     levels = [patches_by_level(images, count) for images in (first, second)]
     if levels[0].keys() != levels[1].keys():
-        raise ValueError(f"--swd needs sets of one size, not {max(levels[0])} and {max(levels[1])}")
+        sizes = f"{max(levels[0])} and {max(levels[1])} px"
+        raise ValueError(f"--swd needs sets of one size, not {sizes}: give the .npy of data.py")
     distances = {}
     for size in levels[0]:
         a, b = (normalise_channels(level[size]) for level in levels)
@@ -393,7 +394,7 @@ def compare(args):
     """Print the distance of two sets, or save the statistics of one."""
     target = args.save_stats
     if len(args.sets) != (1 if target else 2):
-        raise ValueError("give two sets to compare, or one set and --save-stats FILE.npz")
+        raise ValueError(f"give two sets, or one and --save-stats FILE.npz, not {len(args.sets)}")
     if target and (target.suffix != ".npz" or not os.access(target.parent, os.W_OK)):
         raise ValueError(f"--save-stats {target}: name an .npz file in a folder that exists")
     if args.swd and (target or any(path.suffix.lower() == ".npz" for path in args.sets)):
