@@ -423,8 +423,7 @@ def parse_args(parser):
         if not args.resume:
             raise ValueError(f"{args.out} holds a run: add --resume, or name another --out")
         checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-        flags = {name: old for name, old in checkpoint["args"].items() if name in args}
-        parser.set_defaults(**flags | {"out": args.out, "device": args.device})
+        parser.set_defaults(**checkpoint["args"] | {"out": args.out, "device": args.device})
         args = parser.parse_args()  # typed flags win over the checkpoint's
     if args.batch_size is None:
         args.batch_size = 64 if args.img_size < 512 else 32
