@@ -434,7 +434,7 @@ def main():
     either("--clean", action="store_true", help="resize images as clean-fid does")
     either("--swd", action="store_true", help="sliced Wasserstein distance x 1,000, by level")
     flag("--weights", help="file of Inception weights (downloaded)")
-    flag("--device", choices=devices, default=devices[0], help="where the network runs")
+    flag("--device", choices=devices, default=devices[0], help="cuda if torch finds a GPU")
     try:
         compare(parser.parse_args())
     except (ValueError, OSError) as error:

@@ -45,15 +45,15 @@ def layer_widths(img_size, max_channels=2048):
     """Channels from the image inward: [64, 128, 256, 512, 1024] at 128 px, 8 * img_size at most."""
     if img_size not in (16, 32, 64, 128, 256, 512, 1024):
         raise ValueError(f"--img-size must be a power of two from 16 to 1024, not {img_size}")
-    halvings = int(math.log2(img_size)) - 3
+    doublings = int(math.log2(img_size)) - 3
     widest = min(8 * img_size, max_channels)
-    if widest < 2**halvings:
-        raise ValueError(f"--max-channels must be at least {2**halvings} at {img_size} px")
-    return [widest // 2**i for i in range(halvings, -1, -1)]
+    if widest < 2**doublings:
+        raise ValueError(f"--max-channels must be at least {2**doublings} at {img_size} px")
+    return [widest // 2**i for i in range(doublings, -1, -1)]
 
 
 def glorot_init(module):
-    """Glorot uniform weights and zero biases: the defaults of Keras, used in the paper."""
+    """Glorot uniform weights and zero biases: the defaults of Keras, as in the GAN-QP paper."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -67,7 +67,7 @@ class Generator(nn.Module):
         super().__init__()
         widths = layer_widths(img_size, max_channels)[::-1]
         self.linear = nn.Linear(z_dim, 16 * widths[0])
-        self.norm = nn.BatchNorm1d(16 * widths[0], eps=1e-3)  # epsilon: Keras'
+        self.norm = nn.BatchNorm1d(16 * widths[0], eps=1e-3)  # as in Keras
 
         up = {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}
         layers = []
@@ -192,7 +192,7 @@ def update(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
     if WORLD > 1:
-        # DistributedDataParallel would not see the gradients within wgan_gp.py's penalty
+        # not by DistributedDataParallel, which does not support the penalty of wgan_gp.py
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad /= WORLD
             torch.distributed.all_reduce(parameter.grad)
@@ -223,7 +223,7 @@ def train(args, images, checkpoint, inception):
     if start:
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-        for optimizer in (opt_G, opt_D):  # typed flags win
+        for optimizer in (opt_G, opt_D):  # what is typed replaces what was saved
             optimizer.param_groups[0].update(lr=args.lr, betas=args.betas)
 
     n_real = args.d_steps + args.pairwise  # real batches an iteration
@@ -237,11 +237,10 @@ def train(args, images, checkpoint, inception):
         start_folder(out, args, log)
         data.save_grid(data.evenly_spaced(images, columns**2), out / "real.png", columns)
         if inception:
-            real = fid.measure(fid.list_images(images.filename), inception)
+            real_stats = fid.measure(fid.list_images(images.filename), inception)
         setting = f"{args.device}, {args.precision}, {args.max_channels} channels; Ctrl-C saves"
-        print(f"{'continues' if start else 'new run'} from iteration {start + 1}: {setting}")
+        print(f"{'continuing' if start else 'new run'} from iteration {start + 1}: {setting}")
     signals = catch_signals()
-    sec = log[-1]["sec"] if log else 0.0  # without saving, grids and FID
     clock = time.perf_counter()
 
     for it in range(start + 1, args.iters + 1):
@@ -252,44 +251,45 @@ def train(args, images, checkpoint, inception):
         z = [torch.randn(shape, device=device).chunk(WORLD)[RANK] for _ in range(args.d_steps + 1)]
         losses = train_iteration(x_real, z, G, D, opt_G, opt_D, args)
 
-        # average G over about the last tenth of the run (power function: arXiv 2312.02696)
-        share = 1 - (1 - 1 / it) ** (1 / args.average) if args.average else 1
-        for average, weight in zip(G_ema.parameters(), G.parameters(), strict=True):
-            average.detach().lerp_(weight.detach(), share)
+        # average G over about the last tenth of the run so far (power function: arXiv 2312.02696)
+        rate = 1 - (1 - 1 / it) ** (1 / args.average) if args.average else 1
+        for averaged, current in zip(G_ema.parameters(), G.parameters(), strict=True):
+            averaged.detach().lerp_(current.detach(), rate)
 
         stop = it == args.iters or (WORLD == 1 and len(signals) > 0)
         if WORLD > 1 and it % 10 == 0:  # several processes can only stop together
             votes = torch.tensor(len(signals), device=device)
             torch.distributed.all_reduce(votes)
             stop = stop or votes.item() > 0
-        # an FID comes with a save, and a save or a grid with a row
+        # every FID needs a save, and every save or grid a row of the log
         fid_now = due(it, args.fid_every, also=args.iters)
         save_now = due(it, args.save_every) or fid_now or stop
         grid_now = due(it, args.sample_every, also=100) or stop
         log_now = due(it, args.log_every, also=1) or save_now or grid_now
         if RANK == 0 and log_now:  # the log holds the first process's losses
             row = {"iter": it, **{name: loss.item() for name, loss in losses.items()}}
-            sec += time.perf_counter() - clock
+            lap = time.perf_counter() - clock  # without saving, grids and FID
             if not all(x.isfinite().all() for x in (*losses.values(), *G.parameters())):
                 raise FloatingPointError("the loss or G is not finite: --resume with a lower --lr")
-            done, before = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
+            done, sec = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
             images_seen = (it - done) * args.d_steps * args.batch_size
-            row |= {"sec": sec, "img_per_sec": images_seen / (sec - before)}
+            row |= {"sec": sec + lap, "img_per_sec": images_seen / lap}
             log.append(row)
             if save_now or grid_now:
-                update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone are averaged
+                update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone were averaged
             if save_now:
                 save(out / "last.pt", it, args, log, state)
             if fid_now:  # after the save, for it takes long and much memory
-                row |= measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real, signals)
+                z = z_fixed[: args.fid_samples]
+                row |= measure_fid(G_ema, z, inception, real_stats, signals)
                 if "fid" in row and row["fid"] == min(old["fid"] for old in log if "fid" in old):
                     save(out / "best.pt", it, args, log, state)
-                save(out / "last.pt", it, args, log, state)  # which now holds the FID
+                save(out / "last.pt", it, args, log, state)  # again, with the FID
             if grid_now:
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")  # before print, which fails without a terminal
+            with open(out / "log.jsonl", "a") as file:  # first: print fails in a closed terminal
+                file.write(json.dumps(row) + "\n")
             print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
             clock = time.perf_counter()
         if stop:
@@ -315,7 +315,7 @@ def catch_signals():
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
             signal.signal(number, catch)
     return signals
 
@@ -351,7 +351,7 @@ def measure_fid(G, z, inception, real_stats, signals):
     stats = fid.FeatureStats()
     for part in z.split(64):
         if signals:
-            return {}  # the run is asked to end
+            return {}  # the run is about to end
         stats.update(inception(generate(G, part)))
     return {"fid": fid.frechet_distance(stats.mean, stats.cov, *real_stats)}
 
@@ -392,23 +392,23 @@ def parse_args(parser):
     flag("--pairwise", action="store_true", help="score pairs of a real and a generated image")
     flag("--iters", type=int, default=100000, help="generator updates")
     flag("--d-steps", type=int, default=2, help="discriminator updates for each generator update")
-    flag("--batch-size", type=int, help="over all processes (64, from 512 px on 32)")
-    flag("--lr", type=float, help="learning rate (2e-4 * 1024 / the widest layer, at least 2e-4)")
+    flag("--batch-size", type=int, help="over all processes (None: 64, from 512 px on 32)")
+    flag("--lr", type=float, help="learning rate (None: 2e-4 * 1024 / channels, at least 2e-4)")
     flag("--betas", type=float, nargs=2, default=[0.5, 0.999], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
-    flag("--max-channels", type=int, help="channels of a layer at most (2048, on a CPU 128)")
+    flag("--max-channels", type=int, help="channels of a layer at most (None: 2048, on a CPU 128)")
     flag("--average", type=float, default=0.1, help="share of the run in G's average (0: none)")
     flag("--seed", type=int, default=0, help="random seed")
     flag("--device", choices=devices, default=devices[0], help="cuda if torch finds a GPU")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on newer GPUs")
-    flag("--out", help="folder of the run (runs/SCRIPT-SIZE); with --sample a picture or a folder")
+    flag("--out", help="folder of the run (None: runs/SCRIPT-SIZE), or what --sample writes")
     flag("--resume", action="store_true", help="continue the run in --out with its flags, or start")
-    flag("--log-every", type=int, default=50, help="iterations between log rows (0: at the end)")
+    flag("--log-every", type=int, default=50, help="iterations between log rows (0: off)")
     flag("--sample-every", type=int, default=500, help="iterations between grids (0: at the end)")
     flag("--save-every", type=int, default=1000, help="iterations between saves (0: at the end)")
     flag("--fid-every", type=int, default=0, help="iterations between FIDs (0: off)")
     flag("--fid-samples", type=int, default=10000, help="generated images for each FID")
-    flag("--fid-weights", help="file of Inception weights (default: download them)")
+    flag("--fid-weights", help="file of Inception weights (None: download them)")
     flag("--sample", metavar="CKPT", help="do not train, but write images from this checkpoint")
     flag("--num-samples", type=int, default=64, help="images to write with --sample")
     args = parser.parse_args()
@@ -428,17 +428,17 @@ def parse_args(parser):
         args.batch_size = 64 if args.img_size < 512 else 32
     if args.max_channels is None:
         args.max_channels = 2048 if args.device == "cuda" else 128
-    if args.precision == "auto":
-        native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if native else "fp32"
     args.max_channels = layer_widths(args.img_size, args.max_channels)[-1]
     if args.lr is None:
         args.lr = 2e-4 * max(1, 1024 / args.max_channels)  # narrower networks want more: see README
+    if args.precision == "auto":
+        native = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if native else "fp32"
     data.check_outside(args.out, args.data)
-    if min(args.iters, args.d_steps, args.seed + 1) < 1 or not 0 <= args.average <= 1:
+    if min(args.iters, args.d_steps) < 1 or args.seed < 0 or not 0 <= args.average <= 1:
         raise ValueError("--iters and --d-steps start at 1, --seed at 0; --average is from 0 to 1")
     if args.batch_size < 2 * WORLD or args.batch_size % WORLD:
-        raise ValueError("--batch-size must be 2 or more for each process, and the same for all")
+        raise ValueError("--batch-size must divide among the processes, with at least 2 for each")
     return args, checkpoint
 
 
@@ -463,7 +463,7 @@ def main():
                 data.load_images(args.data, args.img_size, args.cache_dir)
             torch.distributed.barrier()  # the others wait until the images are ready
         images = data.load_images(args.data, args.img_size, args.cache_dir, quiet=WORLD > 1)
-        measures = args.fid_every and RANK == 0
+        measures = args.fid_every > 0 and RANK == 0
         inception = fid.load_inception(args.fid_weights, args.device) if measures else None
     except (ValueError, OSError) as error:  # a mistake in the flags or the images
         parser.error(error)
