@@ -209,8 +209,9 @@ def choose_images(source, files):
     images = []
     others = Counter()
     for name, file in files:
-        inner = PurePosixPath(name.replace("../", ""))  # `zip -r photos.zip ../photos` writes it
-        hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
+        inner = PurePosixPath(name)
+        folders = set(inner.parts[:-1]) - {".."}  # which `zip -r photos.zip ../photos` writes
+        hidden = inner.name.startswith(".") or any(folder[0] in ".@" for folder in folders)
         kind = "hidden" if hidden else ascii(inner.suffix.lower())[1:-1] or "without an extension"
         if kind in IMG_EXTENSIONS:
             images.append((name, file))

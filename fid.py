@@ -196,8 +196,9 @@ def list_images(path):
     images = []
     others = Counter()
     for name, entry in files:
-        inner = PurePosixPath(name.replace("../", ""))  # `zip -r photos.zip ../photos` writes it
-        hidden = inner.name.startswith(".") or any(part[0] in ".@" for part in inner.parts[:-1])
+        inner = PurePosixPath(name)
+        folders = set(inner.parts[:-1]) - {".."}  # which `zip -r photos.zip ../photos` writes
+        hidden = inner.name.startswith(".") or any(folder[0] in ".@" for folder in folders)
         kind = "hidden" if hidden else inner.suffix.lower() or "without an extension"
         if kind in IMG_EXTENSIONS:
             images.append((name, entry))
@@ -380,8 +381,7 @@ def compare_by_level(first, second):
         raise ValueError(f"--swd needs 128 images in each set, not {count}")
     levels = [patches_by_level(images, count) for images in (first, second)]
     if levels[0].keys() != levels[1].keys():
-        sizes = f"{max(levels[0])} and {max(levels[1])} px"
-        raise ValueError(f"--swd needs sets of one size, not {sizes}: give the .npy of data.py")
+        raise ValueError(f"--swd: sizes {max(levels[0])} and {max(levels[1])} differ: see data.py")
     distances = {}
     for size in levels[0]:
         a, b = (normalise_channels(level[size]) for level in levels)

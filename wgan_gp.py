@@ -272,8 +272,8 @@ def train(args, images, checkpoint, inception):
         if RANK == 0 and log_now:  # the log holds the first process's losses
             row = {"iter": it, **{name: loss.item() for name, loss in losses.items()}}
             lap = time.perf_counter() - clock  # without saving, grids and FID
-            if not all(x.isfinite().all() for x in (*losses.values(), *G.parameters())):
-                raise FloatingPointError("the loss or G is not finite: --resume with a lower --lr")
+            if not all(weight.isfinite().all() for weight in G.parameters()):
+                raise FloatingPointError("G is not finite: --resume with a lower --lr")
             done, sec = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
             images_seen = (it - done) * args.d_steps * args.batch_size
             row |= {"sec": sec + lap, "img_per_sec": images_seen / lap}
@@ -282,15 +282,16 @@ def train(args, images, checkpoint, inception):
                 update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone were averaged
             if save_now:
                 save(out / "last.pt", it, args, log, state)
-            if fid_now:  # after the save, for it takes long and much memory
-                z = z_fixed[: args.fid_samples]
-                row |= measure_fid(G_ema, z, inception, real_stats, signals)
-                if "fid" in row and row["fid"] == min(old["fid"] for old in log if "fid" in old):
-                    save(out / "best.pt", it, args, log, state)
-                save(out / "last.pt", it, args, log, state)  # again, with the FID
             if grid_now:
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
+            if fid_now:  # after the save, for it takes long and much memory
+                z = z_fixed[: args.fid_samples]
+                row |= measure_fid(G_ema, z, inception, real_stats, signals)
+            if "fid" in row:
+                if row["fid"] == min(old["fid"] for old in log if "fid" in old):
+                    save(out / "best.pt", it, args, log, state)
+                save(out / "last.pt", it, args, log, state)  # again, with the FID
             with open(out / "log.jsonl", "a") as file:  # first: print fails in a closed terminal
                 file.write(json.dumps(row) + "\n")
             print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
