@@ -286,8 +286,8 @@ def train(args, images, checkpoint, inception):
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
             if fid_now:  # after the save, for it takes long and much memory
-                z = z_fixed[: args.fid_samples]
-                row |= measure_fid(G_ema, z, inception, real_stats, signals)
+                noise = z_fixed[: args.fid_samples]
+                row |= measure_fid(G_ema, noise, inception, real_stats, signals)
             if "fid" in row:
                 if row["fid"] == min(old["fid"] for old in log if "fid" in old):
                     save(out / "best.pt", it, args, log, state)
