@@ -255,8 +255,9 @@ def to_square(image, size):
         raise
     except Exception:  # metadata that cannot be read is ignored
         pass
+
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    unused = image.format == "BMP" and image.getextrema()[-1] == (0, 0)  # a fourth byte, no alpha
+    unused = image.format == "BMP" and image.getextrema()[-1] == (0, 0)  # a fourth byte, not alpha
     transparent = image.has_transparency_data and not unused
     image = image.convert("RGBA" if transparent else mode)
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
