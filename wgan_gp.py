@@ -240,7 +240,7 @@ def train(args, images, checkpoint, inception):
         start_folder(out, args, log)
         data.save_grid(data.evenly_spaced(images, columns**2), out / "real.png", columns)
         if inception:
-            real_stats = fid.measure(fid.list_images(images.filename), inception)
+            real = fid.measure(fid.list_images(images.filename), inception)  # for the FID
         setting = f"{args.device}, {args.precision}, {args.max_channels} channels; Ctrl-C saves"
         print(f"{'continuing' if start else 'new run'} from iteration {start + 1}: {setting}")
     signals = catch_signals()
@@ -286,8 +286,7 @@ def train(args, images, checkpoint, inception):
                 grid = generate(G_ema, z_fixed[: columns**2])
                 data.save_grid(grid, out / "samples" / f"{it:06d}.png", columns)
             if fid_now:  # after the save, for it takes long and much memory
-                noise = z_fixed[: args.fid_samples]
-                row |= measure_fid(G_ema, noise, inception, real_stats, signals)
+                row |= measure_fid(G_ema, z_fixed[: args.fid_samples], inception, real, signals)
             if "fid" in row:
                 if row["fid"] == min(old["fid"] for old in log if "fid" in old):
                     save(out / "best.pt", it, args, log, state)
