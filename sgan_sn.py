@@ -243,8 +243,9 @@ def train(args, images, checkpoint, inception):
             if not all(weight.isfinite().all() for weight in G.parameters()):
                 raise FloatingPointError("G is not finite: --resume with a lower --lr")
             done, sec = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
-            images_seen = (it - done) * args.d_steps * args.batch_size
-            row |= {"sec": sec + lap, "img_per_sec": images_seen / lap}
+            speed = (it - done) / lap  # iterations a second
+            row |= {"sec": sec + lap, "img_per_sec": speed * args.d_steps * args.batch_size}
+            left = timedelta(seconds=round((args.iters - it) / speed))
             log.append(row)
             if save_now or grid_now:
                 update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone were averaged
@@ -261,7 +262,7 @@ def train(args, images, checkpoint, inception):
                 save(out / "last.pt", it, args, log, state)  # again, with the FID
             with open(out / "log.jsonl", "a") as file:  # first: print fails in a closed terminal
                 file.write(json.dumps(row) + "\n")
-            print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
+            print(f"{left} left", *(f"{k} {v:.6g}" for k, v in row.items()), sep="  ", flush=True)
             clock = time.perf_counter()
         if stop:
             break
