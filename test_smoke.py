@@ -1084,7 +1084,7 @@ def test_readme(cli, tmp_path, monkeypatch):
     torch.manual_seed(0)
     exec(snippets[0], copied := {})
     torch.manual_seed(0)
-    exec(snippets[0].split("# discriminator")[0], ours := {})
+    exec(snippets[0].split("# each iteration")[0], ours := {})
     G, D, opt_G, opt_D, x_real = (ours[name] for name in "G D opt_G opt_D x_real".split())
     _, args = arguments(monkeypatch, "gan_qp --d-steps 1")
     gan_qp.train_iteration([x_real], torch.randn(2, 64, 16), G, D, opt_G, opt_D, args)
