@@ -274,7 +274,7 @@ def train(args, images, checkpoint, inception):
             done, sec = (log[-1]["iter"], log[-1]["sec"]) if log else (0, 0.0)
             speed = (it - done) / lap  # iterations a second
             row |= {"sec": sec + lap, "img_per_sec": speed * args.d_steps * args.batch_size}
-            left = timedelta(seconds=round((args.iters - it) / speed))
+            left = f"{timedelta(seconds=round((args.iters - it) / speed))} to iter {args.iters}"
             log.append(row)
             if save_now or grid_now:
                 update_bn(z_fixed[:2048].split(32), G_ema)  # its weights alone were averaged
@@ -291,7 +291,7 @@ def train(args, images, checkpoint, inception):
                 save(out / "last.pt", it, args, log, state)  # again, with the FID
             with open(out / "log.jsonl", "a") as file:  # first: print fails in a closed terminal
                 file.write(json.dumps(row) + "\n")
-            print(f"{left} left", *(f"{k} {v:.6g}" for k, v in row.items()), sep="  ", flush=True)
+            print(*(f"{k} {v:.6g}" for k, v in row.items()), left, sep="  ", flush=True)
             clock = time.perf_counter()
         if stop:
             break
@@ -398,7 +398,7 @@ def parse_args(parser):
     flag("--betas", type=float, nargs=2, default=[0.5, 0.999], help="betas of Adam")
     flag("--z-dim", type=int, default=128, help="dimensions of the noise")
     flag("--max-channels", type=int, help="channels of a layer at most (None: 2048, on a CPU 128)")
-    flag("--average", type=float, default=0.1, help="share of the run in G's average (0: none)")
+    flag("--average", type=float, default=0.1, help="share of the run so far in G's average")
     flag("--seed", type=int, default=0, help="random seed")
     flag("--device", choices=devices, default=devices[0], help="cuda if torch finds a GPU")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="bf16 on newer GPUs")
