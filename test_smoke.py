@@ -1092,7 +1092,7 @@ def test_readme(cli, tmp_path, monkeypatch):
         assert_same(copied[name].state_dict()["state"], ours[name].state_dict()["state"])
     assert copied["G_ema"].avg_fn(torch.zeros(1), torch.ones(1), 9) == pytest.approx(1 - 0.9**10)
     exec(snippets[1], {})
-    assert Image.open("grid.png").size == (4 * 18 + 2, 4 * 18 + 2)
+    assert np.asarray(Image.open("grid.png")).mean() > 50  # not black
     helps = "".join(cli(program, "-h")[1] for program in [*SCRIPTS, "fid"])
     known = set(re.findall(r"--[a-z][a-z-]+", helps))
     known |= {"--nproc-per-node", "--ema"}  # torchrun's, an earlier version's
